@@ -1,0 +1,1 @@
+"""Data shipped with the package: the UCI digits, 1,797 images of 8 x 8 (see README.md here for source and licence)."""

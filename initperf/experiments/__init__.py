@@ -1,0 +1,1 @@
+"""The experiments of the lecture and the papers, with their recipes."""

@@ -1,0 +1,66 @@
+"""The table of ops: torch.library schema -> implementation by device, imported when first called.
+
+An op `x` of module `m` is the function `x` in kernels/cpu/m.py (Numba), kernels/gpu/m.py (Triton) and
+initperf/reference.py (plain torch), all with the same signature. A missing compiler falls back to the reference.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+LIB = torch.library.Library("initperf", "DEF")
+MODULES: dict[str, str] = {}  # op name -> module below kernels/cpu and kernels/gpu
+CALLS: Counter[tuple[str, str]] = Counter()  # (op name, backend) -> calls in this process
+_BACKENDS = {"cpu": ("numba", "initperf.kernels.cpu"), "cuda": ("triton", "initperf.kernels.gpu")}
+
+
+@cache
+def _available(compiler: str) -> bool:
+    return find_spec(compiler) is not None
+
+
+def backend_of(name: str, device_type: str) -> str:
+    """Which implementation runs op `name` on "cpu" or "cuda": "numba", "triton" or "reference" (INITPERF_BACKEND=reference forces the last)."""
+    compiler, package = _BACKENDS.get(device_type, ("", ""))
+    if not compiler or os.environ.get("INITPERF_BACKEND") == "reference" or not _available(compiler):
+        return "reference"
+    return compiler if find_spec(f"{package}.{MODULES[name]}") is not None else "reference"
+
+
+@cache
+def implementation(name: str, device_type: str) -> Callable[..., Any]:
+    """The launcher of op `name` for a device, counting its calls. For callers that need no dispatcher (fresh plain tensors)."""
+    backend = backend_of(name, device_type)
+    package = "initperf.reference" if backend == "reference" else f"{_BACKENDS[device_type][1]}.{MODULES[name]}"
+    function = getattr(import_module(package), name)
+    key = (name, backend)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        CALLS[key] += 1
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def register(name: str, module: str) -> None:
+    """Enter an op that is called through `implementation` only, with no torch.library schema."""
+    MODULES[name] = module
+
+
+def define(schema: str, *, module: str, fake: Callable[..., Any]) -> Any:
+    """Define `initperf::schema`, with its CPU, GPU and fake implementations; returns the OpOverload."""
+    name = schema.split("(", 1)[0]
+    register(name, module)
+    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIB.impl(name, lambda *args: implementation(name, "cpu")(*args), "CPU")
+    LIB.impl(name, lambda *args: implementation(name, "cuda")(*args), "CUDA")
+    torch.library.register_fake(f"initperf::{name}", fake, lib=LIB)
+    return getattr(torch.ops.initperf, name).default

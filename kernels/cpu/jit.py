@@ -1,0 +1,49 @@
+"""numba.njit with a disk cache that cannot go stale, and the two rules of calling parallel kernels (threads, forks).
+
+Numba's own index follows one source file; an edit of an intrinsic in another file leaves stale entries. So the cache
+folder is keyed by a hash of every file of kernels/cpu: ~/.cache/initperf/numba-<hash> (INITPERF_CACHE_DIR overrides).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+
+_HERE = Path(__file__).parent
+_HASH = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(_HERE.glob("*.py")))).hexdigest()[:16]
+_ROOT = os.environ.get("INITPERF_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "initperf")
+CACHE_DIR = Path(_ROOT, f"numba-{_HASH}")
+_PID = os.getpid()
+_MAX_THREADS = numba.config.NUMBA_NUM_THREADS
+
+
+def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """njit(cache=True, nogil=True, ...) with our cache folder. Only for functions at module level: others never hit the cache."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(CACHE_DIR)
+        try:
+            return numba.njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError:  # no writable cache folder: compile in every process
+            return numba.njit(nogil=True, **options)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return decorate
+
+
+def threads() -> int:
+    """Threads for a parallel kernel: torch's number, at most the cores; 1 in a forked child, where the OpenMP layer would abort."""
+    if os.getpid() != _PID:
+        return 1
+    count = min(torch.get_num_threads(), _MAX_THREADS)
+    if count > 1:
+        numba.set_num_threads(count)
+    return count
