@@ -23,6 +23,7 @@ setup(
         "initperf",
         "initperf.experiments",
         "initperf.data",
+        "initperf.reference",
         "initperf.kernels",
         "initperf.kernels.cpu",
         "initperf.kernels.gpu",

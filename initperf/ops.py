@@ -1,7 +1,7 @@
 """The table of ops: torch.library schema -> implementation by device, imported when first called.
 
 An op `x` of module `m` is the function `x` in kernels/cpu/m.py (Numba), kernels/gpu/m.py (Triton) and
-initperf/reference.py (plain torch), all with the same signature. A missing compiler falls back to the reference.
+initperf/reference/m.py (plain torch), all with the same signature. A missing compiler falls back to the reference.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def backend_of(name: str, device_type: str) -> str:
 def implementation(name: str, device_type: str) -> Callable[..., Any]:
     """The launcher of op `name` for a device, counting its calls. For callers that need no dispatcher (fresh plain tensors)."""
     backend = backend_of(name, device_type)
-    package = "initperf.reference" if backend == "reference" else f"{_BACKENDS[device_type][1]}.{MODULES[name]}"
-    function = getattr(import_module(package), name)
+    package = "initperf.reference" if backend == "reference" else _BACKENDS[device_type][1]
+    function = getattr(import_module(f"{package}.{MODULES[name]}"), name)
     key = (name, backend)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
