@@ -17,24 +17,27 @@ import torch
 
 _HERE = Path(__file__).parent
 _HASH = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(_HERE.glob("*.py")))).hexdigest()[:16]
-_ROOT = os.environ.get("INITPERF_CACHE_DIR") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "initperf")
+_ROOT = os.environ.get("INITPERF_CACHE_DIR") or Path(
+    os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "initperf"
+)
 CACHE_DIR = Path(_ROOT, f"numba-{_HASH}")
+_CONFIG: Any = numba.config
 _PID = os.getpid()
-_MAX_THREADS = numba.config.NUMBA_NUM_THREADS
+_MAX_THREADS = _CONFIG.NUMBA_NUM_THREADS
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """njit(cache=True, nogil=True, ...) with our cache folder. Only for functions at module level: others never hit the cache."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(CACHE_DIR)
+        before = _CONFIG.CACHE_DIR
+        _CONFIG.CACHE_DIR = str(CACHE_DIR)
         try:
             return numba.njit(cache=True, nogil=True, **options)(function)
         except RuntimeError:  # no writable cache folder: compile in every process
             return numba.njit(nogil=True, **options)(function)
         finally:
-            numba.config.CACHE_DIR = before
+            _CONFIG.CACHE_DIR = before
 
     return decorate
 
