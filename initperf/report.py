@@ -1,0 +1,286 @@
+"""report.html of a run folder: one self-contained page, its headline computed from the numbers."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from initperf import findings
+from initperf.findings import Table, percent
+from initperf.results import Run, read_run
+
+_CSS = """
+:root { color-scheme: light; --ink: #1d2430; --soft: #5c6675; --line: #e3e6ea; --blue: #0072b2; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 44px 28px 64px; }
+.tag { color: var(--soft); font-size: .84rem; letter-spacing: .02em; }
+.tag b { color: #8a4b00; background: #fff3df; border-radius: 4px; padding: 2px 8px; margin-left: 8px; font-weight: 600; }
+h1 { font-size: 1.9rem; line-height: 1.28; font-weight: 650; letter-spacing: -.012em; margin: .5rem 0 1.1rem; max-width: 34em; text-wrap: balance; }
+h2 { font-size: 1.12rem; margin: 2.6rem 0 .7rem; }
+ul.said { margin: 0; padding-left: 1.1em; color: #333d4b; max-width: 62em; }
+ul.said li { margin: .18rem 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 0 28px; margin: 1.8rem 0 .6rem; border-top: 1px solid var(--line); }
+.facts div { padding: 12px 0; border-bottom: 1px solid var(--line); }
+.facts b { display: block; font-size: 1.35rem; font-weight: 620; letter-spacing: -.01em; }
+.facts span { color: var(--soft); font-size: .84rem; }
+.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 34px 36px; margin-top: 2rem; }
+figure { margin: 0; min-width: 0; }
+figure.wide { grid-column: 1 / -1; }
+figure img { width: 100%; display: block; }
+figcaption { color: var(--soft); font-size: .86rem; margin-bottom: .35rem; }
+figcaption b { color: var(--ink); display: block; font-size: .98rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th { text-align: left; color: var(--soft); font-weight: 500; padding: 5px 22px 5px 0; border-bottom: 1px solid #b9c0c9; vertical-align: bottom; }
+td { padding: 3px 22px 3px 0; vertical-align: top; white-space: nowrap; }
+tr.group td { border-top: 1px solid var(--line); padding-top: 7px; }
+tr.group:first-child td { border-top: 0; }
+tr.ticket td { color: var(--blue); font-weight: 600; }
+td.text { white-space: normal; overflow-wrap: anywhere; min-width: 16em; }
+p.note { color: var(--soft); font-size: .84rem; max-width: 62em; margin: .6rem 0 0; }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 0 44px; }
+footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; color: var(--soft); font-size: .84rem; }
+a { color: var(--blue); }
+@media (max-width: 800px) { .figures, .two { grid-template-columns: minmax(0, 1fr); } h1 { font-size: 1.5rem; } }
+@media print { main { padding: 0; max-width: none; } figure, table { break-inside: avoid; } }
+"""
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write beside `path`, then rename: a reader sees the old file or the new one, whole."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def write_report(run_dir: str | Path, compare: str | Path | None = None) -> Path:
+    """Write RUN/report.html from the run's csv and json files; `compare` adds a second run (another learning rate, say)."""
+    run = read_run(run_dir)
+    page = render(run, read_run(compare) if compare is not None else None)
+    path = run.folder / "report.html"
+    write_text_atomically(path, page)
+    return path
+
+
+def render(run: Run, other: Run | None = None) -> str:
+    """The page as text."""
+    found = findings.verdict(run)
+    budget = run.config.get("budget")
+    tag = f"Lottery ticket · {escape(str(run.config.get('data', run.folder.name)))}" + (
+        f"<b>{escape(str(budget))}</b>" if budget else ""
+    )
+    parts = [
+        f'<div class="tag">{tag}</div>',
+        f"<h1>{escape(found.headline)}</h1>",
+        _bullets(found.sentences),
+        _facts(run),
+        _figures(run, other),
+    ]
+    if other is not None:
+        parts.append(_comparison(run, other))
+    parts += [_table(table) for table in findings.tables(run)]
+    parts += [
+        "<h2>Recipe</h2>",
+        _table_body(["setting", "value"], [list(pair) for pair in flatten(run.config)], text=True),
+        _hashes(run),
+        "<h2>Limits of this run</h2>",
+        _bullets(limitations(run)),
+        _footer(run),
+    ]
+    title = f"{percent(run.density(run.levels[-1]))} of the weights · initperf"
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _bullets(sentences: Iterable[str]) -> str:
+    return '<ul class="said">' + "".join(f"<li>{escape(s)}</li>" for s in sentences) + "</ul>"
+
+
+def _facts(run: Run) -> str:
+    """Three or four numbers one asks for first."""
+    facts = []
+    last = run.levels[-1]
+    tickets, checkpoints = (
+        findings.by_level(run.summary.get(f"{key}_bytes")) for key in ("ticket", "dense_checkpoint")
+    )
+    if last in tickets and last in checkpoints:
+        ratio = checkpoints[last] / tickets[last]
+        facts.append(
+            (
+                f"1/{ratio:.0f}",
+                f"ticket file {findings.size(tickets[last])}, dense checkpoint {findings.size(checkpoints[last])}",
+            )
+        )
+    for step in (s for s in run.steps if s.level == last):
+        facts.append((f"{step.speedup:.2f}x", f"speed of a training step against dense, batch {step.batch}"))
+    ops: dict[str, dict[str, int]] = run.summary.get("ops") or {}
+    if ops:
+        slow = sum(used.get("reference", 0) for used in ops.values())
+        total = sum(sum(used.values()) for used in ops.values())
+        facts.append(
+            (
+                f"{total:,}",
+                "calls of our own ops, " + (f"{slow:,} on the reference" if slow else "none on the reference"),
+            )
+        )
+    if "seconds" in run.summary:
+        facts.append(
+            (
+                f"{run.summary['seconds']:,.0f} s",
+                f"{findings.count_of(len(run.rows), 'training')}, from nothing to here",
+            )
+        )
+    return (
+        '<div class="facts">'
+        + "".join(f"<div><b>{escape(a)}</b><span>{escape(b)}</span></div>" for a, b in facts)
+        + "</div>"
+    )
+
+
+def _figures(run: Run, other: Run | None) -> str:
+    from initperf import figures
+
+    shown = [
+        (
+            "Accuracy",
+            "Test accuracy at early stopping; mean, and range over trials as a band.",
+            figures.accuracy_figure(run, other),
+            "",
+        ),
+        (
+            "Time of a step",
+            "Masked layers against dense ones on this machine; below the line they lose.",
+            figures.steps_figure(run),
+            "",
+        ),
+        (
+            "How soon",
+            "Left: iteration of early stopping. Right: median iteration at which the dense network's best validation loss is reached.",
+            figures.speed_figure(run),
+            "wide",
+        ),
+        ("Validation loss", "Means during training, and range over trials.", figures.curves_figure(run), "wide"),
+    ]
+    return '<div class="figures">' + "".join(_figure(*figure) for figure in shown) + "</div>"
+
+
+def _figure(title: str, caption: str, svg: str | None, css: str) -> str:
+    if svg is None:
+        return ""
+    data = base64.b64encode(svg.encode()).decode()
+    return (
+        f'<figure class="{css}"><figcaption><b>{escape(title)}</b>{escape(caption)}</figcaption>'
+        f'<img alt="{escape(title)}: {escape(caption)}" src="data:image/svg+xml;base64,{data}"></figure>'
+    )
+
+
+def _table(table: Table) -> str:
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
+    return f"<h2>{escape(table.title)}</h2>" + _table_body(table.columns, table.rows) + notes
+
+
+def _table_body(columns: list[str], rows: list[list[str]], text: bool = False) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = []
+    for row in rows:
+        css = ("group " if row[0] and not text else "") + ("ticket" if "ticket" in row[1:2] else "")
+        cell = '<td class="text">' if text else "<td>"
+        body.append(
+            f'<tr class="{css.strip()}"><td>{escape(row[0])}</td>'
+            + "".join(f"{cell}{escape(c)}</td>" for c in row[1:])
+            + "</tr>"
+        )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Nested settings as ("recipe.lr", "0.0012") pairs."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _hashes(run: Run) -> str:
+    files = sorted(run.folder.glob("tickets/*.safetensors"))
+    rows = [[p.name, f"{p.stat().st_size:,}", hashlib.sha256(p.read_bytes()).hexdigest()] for p in files]
+    return "<h2>Tickets</h2>" + _table_body(["file", "bytes", "SHA-256"], rows, text=True) if rows else ""
+
+
+def limitations(run: Run) -> list[str]:
+    """What a careful reader would object, as far as the run's own files tell."""
+    found = []
+    if run.config.get("budget"):
+        found.append(
+            f"{str(run.config['budget']).capitalize()}: fewer networks, levels or iterations than the paper's recipe."
+        )
+    if run.trials < 5:
+        found.append(f"{findings.count_of(run.trials, 'trial')}: the paper used five.")
+    late = sum(row.early_stop_iteration >= row.iterations for row in run.rows)
+    if late:
+        found.append(
+            f"{late} of {len(run.rows)} networks had their least validation loss at the last iteration, so their early stop is a "
+            "lower bound; iterations to the dense network's best loss do not suffer from that."
+        )
+    found += [
+        "The intervals are for one comparison each; over many levels and controls some will miss by chance.",
+        "All networks were trained with one learning rate: a control might do better at its own best one (compare two runs).",
+        "Times hold for this machine, this batch size and these layers.",
+    ]
+    return found
+
+
+def _comparison(run: Run, other: Run) -> str:
+    """Both runs side by side: what differs in their settings, and their accuracies."""
+    mine, theirs = dict(flatten(run.config)), dict(flatten(other.config))
+    keys = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+    rows = [[key, mine.get(key, findings.NONE), theirs.get(key, findings.NONE)] for key in keys]
+    same = sorted(row._replace(train_seconds=0) for row in run.rows) == sorted(
+        r._replace(train_seconds=0) for r in other.rows
+    )
+    said = "Their results are equal in every digit." if same else findings.verdict(other).headline
+    names = run.folder.resolve().name, other.folder.resolve().name
+    table = findings.levels_table(other)
+    return (
+        f"<h2>Compared with {escape(names[1])}</h2>"
+        + _bullets([said])
+        + (
+            _table_body(["setting", *names], rows, text=True)
+            if rows
+            else '<p class="note">Their settings are the same.</p>'
+        )
+        + ("" if same else _table_body(table.columns, table.rows))
+    )
+
+
+def _footer(run: Run) -> str:
+    links = [
+        name
+        for name in ("results.csv", "curves.csv", "steps.csv", "config.json", "summary.json")
+        if (run.folder / name).is_file()
+    ]
+    data = run.config.get("attribution", "")
+    return (
+        f"<footer><p>{escape(str(data))}</p><p>Every number here comes from "
+        + ", ".join(f'<a href="{name}">{name}</a>' for name in links)
+        + "; <code>initperf report</code> makes the page again.</p></footer>"
+    )

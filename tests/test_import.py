@@ -1,0 +1,76 @@
+"""`import initperf` is quick, loads no compiler and compiles nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LIMIT = 0.3  # seconds beside `import torch`
+EVERY_EXPORT = "[getattr(initperf, name) for name in getattr(initperf, '__all__', ())]"
+TIMED = f"""
+import time, torch
+start = time.perf_counter()
+import initperf
+{EVERY_EXPORT}
+print(time.perf_counter() - start)
+"""
+LOADED = f"""
+import sys, torch
+before = set(sys.modules)
+import initperf
+{EVERY_EXPORT}
+print(*{{name.split(".")[0] for name in set(sys.modules) - before}})
+"""
+COMPILED = """
+import importlib, pathlib, initperf.kernels.cpu as cpu
+from numba.core.dispatcher import Dispatcher
+found = []
+for path in sorted(pathlib.Path(cpu.__file__).parent.glob("*.py")):
+    module = importlib.import_module(f"initperf.kernels.cpu.{path.stem}")
+    kernels = [v for v in vars(module).values() if isinstance(v, Dispatcher)]
+    found += [f"{path.stem}.{k.__name__}" for k in kernels if k.signatures]
+    print(len(kernels))
+print("compiled:", *found)
+"""
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_initperf_and_all_it_exports_adds_at_most_a_third_of_a_second_to_torch():
+    times = []
+    for _ in range(6):  # the best of some, since other programs share the machine
+        times.append(float(run(TIMED)))
+        if min(times) <= LIMIT:
+            return
+    pytest.fail(f"Expected at most {LIMIT} s. Got {times}.")
+
+
+def test_importing_initperf_loads_no_compiler_and_no_plotting():
+    loaded = set(run(LOADED).split())
+    assert "initperf" in loaded
+    assert not loaded & {"numba", "llvmlite", "triton", "matplotlib", "rich", "typer"}
+
+
+def test_importing_the_cpu_kernels_compiles_none_of_them(tmp_path):
+    *counts, last = run(COMPILED, INITPERF_CACHE_DIR=str(tmp_path)).splitlines()
+    assert sum(map(int, counts)) > 0
+    assert last.split() == ["compiled:"]
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["ticket", "--help"], ["doctor", "--help"]])
+def test_help_and_version_import_neither_torch_nor_numpy(arguments):
+    code = f"""
+import sys
+from initperf.cli import main
+assert main({arguments!r}) == 0
+assert not {{"torch", "numpy", "matplotlib", "numba"}} & set(sys.modules)
+"""
+    assert run(code)
