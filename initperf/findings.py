@@ -96,7 +96,7 @@ def verdict(run: Run) -> Verdict:
     leads = {kind: lead for kind in run.controls if (lead := run.lead(last, kind))}
     where = f"At {percent(run.density(last))} of the weights"
     values = f"{', '.join(reaches)}; dense {percent(dense.mean, 1)} ({trials})."
-    trailing = [name_of(kind) for kind, lead in leads.items() if lead.mean <= 0]
+    trailing = [name_of(kind) for kind, lead in leads.items() if not lead.mean > 0]
     if trailing:
         headline = f"{where} the ticket is not ahead of {joined(trailing)}: {values}"
     else:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from initperf import findings
+from initperf.files import write_atomically
 from initperf.findings import Table, percent
 from initperf.results import Run, read_run
 
@@ -54,27 +52,11 @@ a { color: var(--blue); }
 """
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
 def write_report(run_dir: str | Path, compare: str | Path | None = None) -> Path:
     """Write RUN/report.html from the run's csv and json files; `compare` adds a second run (another learning rate, say)."""
     run = read_run(run_dir)
     page = render(run, read_run(compare) if compare is not None else None)
-    path = run.folder / "report.html"
-    write_text_atomically(path, page)
-    return path
+    return write_atomically(run.folder / "report.html", page)
 
 
 def render(run: Run, other: Run | None = None) -> str:

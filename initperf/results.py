@@ -1,7 +1,4 @@
-"""A ticket run as numbers: reads a run folder and compares the ticket with every control, trial by trial.
-
-Needs neither torch nor numpy, so that a report of a finished run is quick.
-"""
+"""A ticket run as numbers: reads a run folder and compares the ticket with every control, trial by trial."""
 
 from __future__ import annotations
 
@@ -12,7 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
+
+from initperf.checks import fail
 
 CONFIDENCE = 0.95
 NAMES = {
@@ -209,12 +208,6 @@ class Run:
         return bool(lead and ours and dense and lead.mean >= 0 and ours.mean <= dense.mean)
 
 
-def _damaged(expected: str, got: object) -> NoReturn:
-    from initperf.checks import fail
-
-    fail(expected, got)
-
-
 def _optional_int(text: str) -> int | None:
     return int(text) if text else None
 
@@ -247,13 +240,13 @@ def _table(path: Path, columns: dict[str, Callable[[str], Any]], make: Callable[
         reader = csv.DictReader(file)
         missing = columns.keys() - set(reader.fieldnames or ())
         if missing:
-            _damaged(f"{path} to have the columns {', '.join(columns)}", f"none named {', '.join(sorted(missing))}")
+            fail(f"{path} to have the columns {', '.join(columns)}", f"none named {', '.join(sorted(missing))}")
         rows = []
         for row in reader:
             try:
                 rows.append(make(*(convert(row[column]) for column, convert in columns.items())))
             except (ValueError, TypeError) as error:
-                _damaged(f"numbers in line {reader.line_num} of {path}", error)
+                fail(f"numbers in line {reader.line_num} of {path}", error)
     return rows
 
 
@@ -261,21 +254,21 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        _damaged(f"JSON in {path}", error)
-    return found if isinstance(found, dict) else _damaged(f"a JSON object in {path}", type(found).__name__)
+        fail(f"JSON in {path}", error)
+    return found if isinstance(found, dict) else fail(f"a JSON object in {path}", type(found).__name__)
 
 
 def read_run(folder: str | Path) -> Run:
     """Read a run folder. curves.csv, steps.csv and summary.json may be absent (a run that was cut off); results.csv may not."""
     folder = Path(folder)
     if not folder.is_dir():
-        _damaged("a run folder (made by `initperf ticket --out FOLDER`)", f"{folder}, which is not a folder")
+        fail("a run folder (made by `initperf ticket --out FOLDER`)", f"{folder}, which is not a folder")
     for name in ("config.json", "results.csv"):
         if not (folder / name).is_file():
-            _damaged(f"{name} in the run folder {folder}", "no such file: is this the folder that --out named?")
+            fail(f"{name} in the run folder {folder}", "no such file: is this the folder that --out named?")
     rows = _table(folder / "results.csv", _ROW, Row)
     if not any(row.level == 0 and row.kind == "ticket" for row in rows):
-        _damaged(f"the dense network (level 0) in {folder / 'results.csv'}", f"{len(rows)} rows without it")
+        fail(f"the dense network (level 0) in {folder / 'results.csv'}", f"{len(rows)} rows without it")
     return Run(
         folder,
         _json(folder / "config.json"),

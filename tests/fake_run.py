@@ -26,7 +26,9 @@ def write_csv(path: Path, header: str, rows: list[tuple]) -> None:
         writer.writerows(rows)
 
 
-def write_run(folder: Path, *, accuracy=ACCURACY, densities=DENSITIES, trials=5, budget=1000, seed=0, **config) -> Path:
+def write_run(
+    folder: Path, *, accuracy=ACCURACY, densities=DENSITIES, trials=5, iterations=1000, seed=0, **config
+) -> Path:
     """Networks of `accuracy[kind][level]`, 0.4 points of noise a trial; the worse a network, the later it stops."""
     noise = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,14 +39,18 @@ def write_run(folder: Path, *, accuracy=ACCURACY, densities=DENSITIES, trials=5,
                 if level == 0 and kind != "ticket":
                     continue
                 reached = values[level] + noise.uniform(-0.002, 0.002)
-                stop = min(budget, round(budget * (40 * (1 - reached) - 0.4) / 100) * 100)
+                stop = min(iterations, round(iterations * (40 * (1 - reached) - 0.4) / 100) * 100)
                 best = stop if reached > 0.969 else ""
-                for iteration in range(100, budget + 1, 100):
-                    loss = 4 * (1 - reached) + 2 * math.exp(-iteration / 120) + 0.05 * max(0, iteration - stop) / budget
+                for iteration in range(100, iterations + 1, 100):
+                    loss = (
+                        4 * (1 - reached)
+                        + 2 * math.exp(-iteration / 120)
+                        + 0.05 * max(0, iteration - stop) / iterations
+                    )
                     curves.append((trial, level, kind, iteration, loss, loss, reached, reached))
                 least = 4 * (1 - reached) + 2 * math.exp(-stop / 120)
                 late = reached - 0.001
-                rows.append((trial, level, kind, density, budget, stop, least, reached, late, best, trial, 1.5))
+                rows.append((trial, level, kind, density, iterations, stop, least, reached, late, best, trial, 1.5))
     write_csv(folder / "results.csv", ROWS, rows)
     write_csv(folder / "curves.csv", CURVES, curves)
     dense = 0.9
