@@ -6,17 +6,11 @@ import json
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from initperf import __version__
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from initperf.findings import Table
-    from initperf.results import Run
 
 app = typer.Typer(
     name="initperf",
@@ -25,8 +19,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-LOG_WIDTH = 150  # where there is no terminal to ask
 INTERRUPTED = 130
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, with what to do next."""
 
 
 class Data(str, Enum):
@@ -38,7 +35,9 @@ def main(args: list[str] | None = None) -> int:
     """Run the command line; every foreseeable problem is one line on stderr: exit code 1, or 2 for wrong usage."""
     try:
         code = app(args, standalone_mode=False)
-    except typer.Abort:
+    except _Interrupted as error:
+        return _problem(str(error), INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
         return _problem("Interrupted.", INTERRUPTED)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
@@ -55,19 +54,14 @@ def main(args: list[str] | None = None) -> int:
         if not isinstance(error, InitPerfError):
             raise
         return _problem(str(error))
+    if code == INTERRUPTED:  # how typer passes on Ctrl-C
+        return _problem("Interrupted.", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 
 def _problem(message: str, code: int = 1) -> int:
     print(f"initperf: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=LOG_WIDTH)
 
 
 def _version(wanted: bool) -> None:
@@ -109,114 +103,52 @@ def ticket(
     The same command again continues a run that was interrupted.
     """
     from initperf.experiments.lenet import run_ticket
+    from initperf.terminal import Bars, open_console
 
-    console = _console()
-    names = None if controls is None else [name for name in controls.split(",") if name not in ("", "none")]
-    given = {"recipe": recipe, "rounds": rounds, "iterations": iterations, "trials": trials, "lr": lr, "batch": batch}
-    with _Bars(console) as bars:
+    with Bars(open_console()) as bars:
         try:
             folder = run_ticket(
-                data.value, data_dir, out, **given, controls=names, seed=seed, workers=workers, progress=bars.on
+                data.value,
+                data_dir,
+                out,
+                recipe=recipe,
+                rounds=rounds,
+                iterations=iterations,
+                trials=trials,
+                lr=lr,
+                batch=batch,
+                controls=None
+                if controls is None
+                else [name for name in controls.split(",") if name not in ("", "none")],
+                seed=seed,
+                workers=workers,
+                progress=bars.on,
             )
         except KeyboardInterrupt:
-            bars.stop()
             kept = f" {bars.done} of {bars.networks} networks are kept in {out};" if bars.networks else ""
-            raise typer.Exit(
-                _problem(f"Interrupted.{kept} the same command again goes on from there.", INTERRUPTED)
-            ) from None
-    _show_run(console, folder)
+            raise _Interrupted(f"Interrupted.{kept} the same command again goes on from there.") from None
+    _show_run(folder)
 
 
-class _Bars:
-    """Progress of a run: networks trained, and the iteration of the one in training; lines of text where there is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.console = console
-        self.networks = self.done = self.printed = 0
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._all = self._progress.add_task("networks", total=None)
-        self._one = self._progress.add_task("training", total=None, visible=False)
-
-    def __enter__(self) -> _Bars:
-        if self.console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        if self.console.is_terminal:
-            self._progress.stop()
-
-    def on(self, event: dict[str, Any]) -> None:
-        """An event of run_ticket."""
-        from initperf.findings import name_of, percent
-
-        what = event["event"]
-        if "networks" in event:
-            self.networks, self.done = event["networks"], event["done"]
-            self._progress.update(self._all, total=self.networks, completed=self.done)
-        if what == "start":
-            label = f" ({event['label']})" if event.get("label") else ""
-            state = f", {self.done} done before" if 0 < self.done < self.networks else ""
-            state = ", all done before: only the report is made again" if self.done == self.networks else state
-            self.console.print(f"{event['recipe']}{label}: {self.networks} networks{state}")
-        elif what == "step":
-            text = f"{name_of(event['kind'])} at {percent(event['density'])}, trial {event['trial'] + 1}"
-            self._progress.update(
-                self._one, description=text, total=event["iterations"], completed=event["iteration"], visible=True
-            )
-        elif what == "measure":
-            self._progress.update(self._one, description="timing of steps", total=None)
-        elif what == "network" and not self.console.is_terminal and self.done * 10 // self.networks > self.printed:
-            self.printed = self.done * 10 // self.networks
-            self.console.print(f"{self.done} of {self.networks} networks")
-
-
-def _show_run(console: Console, folder: Path, compare: Path | None = None) -> None:
+def _show_run(folder: Path, compare: Path | None = None) -> None:
     """Print the tables, write the report."""
     from initperf.findings import tables, verdict
     from initperf.report import write_report
     from initperf.results import read_run
+    from initperf.terminal import open_console, show
 
-    run: Run = read_run(folder)
+    run = read_run(folder)
     page = write_report(folder, compare)
+    console = open_console()
     for table in tables(run):
-        _show(console, table)
+        show(console, table)
     found = verdict(run)
     if run.config.get("budget"):
-        console.print(f"\n[bold yellow]{run.config['budget']}[/]")
-    console.print(f"\n[bold]{found.headline}[/]")
+        console.print(str(run.config["budget"]), style="bold yellow", markup=False)
+    console.print(found.headline, style="bold", markup=False)
     for sentence in found.sentences:
-        console.print(f"  {sentence}")
-    console.print(f"\nReport: [bold]{page}[/]", soft_wrap=True)
-
-
-def _show(console: Console, table: Table) -> None:
-    from rich import box
-    from rich.table import Table as RichTable
-
-    shown = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns:
-        shown.add_column(column, overflow="fold")
-    for row in table.rows:
-        if row[0] and shown.row_count and len(table.columns) > 6:
-            shown.add_section()
-        shown.add_row(*row, style="bold cyan" if "ticket" in row[1:2] else "")
-    console.print(shown)
-    for note in table.notes:
-        console.print(note, style="dim")
-    console.print()
+        console.print(f"  {sentence}", markup=False)
+    console.print(f"\nReport: {page}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -227,7 +159,35 @@ def report(
     ] = None,
 ) -> None:
     """Print the tables of a run again and rewrite its report.html."""
-    _show_run(_console(), run, compare)
+    _show_run(run, compare)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A ticket, or a checkpoint: .safetensors or torch.save.")],
+) -> None:
+    """Show what a ticket holds and prove its hash, or how the weights of a checkpoint look to have been initialized."""
+    from initperf.inspection import checkpoint_lines, is_ticket, ticket_tables
+    from initperf.terminal import open_console, show
+
+    console = open_console()
+    if is_ticket(file):
+        for table in ticket_tables(file):
+            show(console, table)
+    else:
+        console.print(checkpoint_lines(file), markup=False)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="A ticket.")],
+    dense: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+) -> None:
+    """Write a ticket's initial weights as a dense checkpoint, zero where pruned; it loads without initperf."""
+    from initperf.ticket import Ticket
+
+    written = Ticket.load(file).export(dense)
+    typer.echo(f"{written}: {written.stat().st_size:,} bytes, from a ticket of {file.stat().st_size:,}")
 
 
 @app.command()
@@ -236,14 +196,18 @@ def doctor(
     check: Annotated[bool, typer.Option(help="Compare the compiled kernels with the reference.")] = True,
 ) -> None:
     """Show versions, devices, which backend runs each op, and what is missing and how to get it."""
-    from initperf.doctor import examine, show
+    from initperf.doctor import examine, tables
 
-    found = examine(check=check)
+    found = examine(check)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        show(found, _console())
-    if not all(op["equal"] in (True, None) for op in found["ops"].values()):
+        from initperf.terminal import open_console, show
+
+        console = open_console()
+        for table in tables(found):
+            show(console, table)
+    if any(op["equal"] is False for op in found["ops"].values()):
         raise typer.Exit(1)
 
 

@@ -19,6 +19,7 @@ from initperf.results import Run, spread
 LOOKS = {
     "ticket": ("#0072B2", "o"),
     "reinit": ("#D55E00", "s"),
+    "sign-reinit": ("#56B4E9", "P"),
     "shuffle": ("#009E73", "^"),
     "random": ("#CC79A7", "D"),
     "small-dense": ("#B8860B", "v"),

@@ -17,6 +17,7 @@ CONFIDENCE = 0.95
 NAMES = {
     "ticket": "ticket",
     "reinit": "re-initialized",
+    "sign-reinit": "re-initialized, signs kept",
     "shuffle": "shuffled",
     "random": "random",
     "small-dense": "small dense",
@@ -146,7 +147,8 @@ class Run:
 
     @property
     def levels(self) -> list[int]:
-        return sorted({row.level for row in self.rows})
+        """Those with a trained ticket, in order."""
+        return sorted({row.level for row in self.rows if row.kind == "ticket"})
 
     @property
     def trials(self) -> int:
@@ -246,7 +248,7 @@ def _table(path: Path, columns: dict[str, Callable[[str], Any]], make: Callable[
             try:
                 rows.append(make(*(convert(row[column]) for column, convert in columns.items())))
             except (ValueError, TypeError) as error:
-                fail(f"numbers in line {reader.line_num} of {path}", error)
+                fail(f"a number for each of {', '.join(columns)} in line {reader.line_num} of {path}", error)
     return rows
 
 

@@ -1,0 +1,223 @@
+"""`initperf doctor`: what this machine has, which backend runs each op, whether it agrees with the reference, what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from initperf import __version__, ops, rng
+from initperf.findings import NONE, Table, joined, size
+
+PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib")
+REGISTERING = ("init", "masked", "prune", "stats")  # modules that enter ops into ops.MODULES
+VECTORS = {  # LLVM's feature names, and what people call them
+    "avx2": "AVX2",
+    "fma": "FMA",
+    "avx512f": "AVX-512",
+    "avx512bf16": "AVX-512 BF16",
+    "amx-tile": "AMX",
+    "amx-bf16": "AMX BF16",
+    "neon": "NEON",
+    "sve": "SVE",
+}
+
+
+def examine(check: bool = True) -> dict[str, Any]:
+    """Everything doctor shows, as plain data. `check` runs each op's kernels against the reference (compiling what is not cached)."""
+    for module in REGISTERING:
+        import_module(f"initperf.{module}")
+    found: dict[str, Any] = {
+        "versions": {"initperf": __version__, "RNG contract": str(rng.VERSION), "Python": platform.python_version()}
+        | {name: _version(name) for name in PACKAGES},
+        "machine": _machine(),
+        "threads": {"torch": torch.get_num_threads(), "numba": _numba_threads()},
+        "gpus": _gpus(),
+        "ops": {name: _op(name, check) for name in sorted(ops.MODULES)},
+        "cache": _cache(),
+    }
+    found["advice"] = _advice(found)
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"os": platform.platform(), "cpu": _cpu_name(), "cores": cores, "vectors": _vectors()}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _vectors() -> list[str]:
+    """Vector instructions that numba's compiler may use; without numba, those that torch names."""
+    if find_spec("llvmlite") is None:
+        return [torch.backends.cpu.get_cpu_capability()]
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return [name for feature, name in VECTORS.items() if features.get(feature)]
+
+
+def _numba_threads() -> int | None:
+    if find_spec("numba") is None:
+        return None
+    import numba
+
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
+def _gpus() -> list[dict[str, Any]]:
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "name": about.name,
+                "memory": about.total_memory,
+                "target": getattr(about, "gcnArchName", None) or f"sm_{about.major}{about.minor}",
+            }
+        )
+    return found
+
+
+def _cache() -> dict[str, Any] | None:
+    """Where compiled CPU kernels are kept."""
+    if find_spec("numba") is None:
+        return None
+    from initperf.kernels.cpu.jit import CACHE_DIR
+
+    files = [p for p in CACHE_DIR.rglob("*") if p.is_file()] if CACHE_DIR.is_dir() else []
+    above = next(p for p in (CACHE_DIR, *CACHE_DIR.parents) if p.exists())
+    return {
+        "folder": str(CACHE_DIR),
+        "writable": os.access(above, os.W_OK),
+        "files": len(files),
+        "bytes": sum(p.stat().st_size for p in files),
+    }
+
+
+def _op(name: str, check: bool) -> dict[str, Any]:
+    """Backends of one op by device; `equal`: whether they agree with the reference (None: not checked)."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    found: dict[str, Any] = {"backend": {device: ops.backend_of(name, device) for device in devices}, "equal": None}
+    if not check or name not in CHECKS:
+        return found
+    start = time.perf_counter()
+    try:
+        expected = CHECKS[name](_launcher(name, "reference"), "cpu")
+        got = {device: CHECKS[name](_launcher(name, backend), device) for device, backend in found["backend"].items()}
+        found["equal"] = all(_same(expected, tensors) for tensors in got.values())
+    except Exception as error:  # a doctor reports what is broken, whatever it is
+        found |= {"equal": False, "error": f"{type(error).__name__}: {error}"}
+    found["seconds"] = round(time.perf_counter() - start, 3)
+    return found
+
+
+def _launcher(name: str, backend: str) -> Callable[..., Any]:
+    package = {"reference": "initperf.reference", "numba": "initperf.kernels.cpu", "triton": "initperf.kernels.gpu"}
+    return getattr(import_module(f"{package[backend]}.{ops.MODULES[name]}"), name)
+
+
+def _same(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
+    """Equal in every bit: the inputs of CHECKS are such that every sum is exact in any order."""
+    return len(expected) == len(got) and all(
+        a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(expected, got, strict=True)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.view(words[tensor.element_size()]) if tensor.is_floating_point() else tensor
+
+
+def _integers(*shape: int, device: str) -> Tensor:
+    """float32 whole numbers from -3 to 3."""
+    return (torch.arange(torch.Size(shape).numel()) * 5 % 7 - 3).float().view(shape).to(device)
+
+
+def _check_sample(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    distributions = [rng.uniform(-1, 1, torch.float32), rng.normal(0, 1), rng.trunc_normal(0, 1, -2, 2, torch.float32)]
+    return [launch(torch.empty(2500, device=device), *which, 7, 3) for which in distributions]
+
+
+CHECKS: dict[str, Callable[[Callable[..., Any], str], list[Tensor]]] = {"sample_": _check_sample}
+
+
+def _advice(found: dict[str, Any]) -> list[str]:
+    """What is missing or wrong, and what to do about it."""
+    said = []
+    versions, described = found["versions"], found["ops"]
+    if os.environ.get("INITPERF_BACKEND") == "reference":
+        said.append("INITPERF_BACKEND=reference is set: every op runs in plain torch, correct but slow. Unset it.")
+    elif versions["numba"] is None:
+        said.append(
+            "numba is not installed: on the CPU every op runs in plain torch, correct but slow. `pip install numba`."
+        )
+    elif slow := [name for name, op in described.items() if op["backend"]["cpu"] == "reference"]:
+        said.append(f"{joined(slow)}: no CPU kernel in this version; plain torch runs instead.")
+    if found["gpus"] and versions["triton"] is None:
+        said.append("triton is not installed: on the GPU every op runs in plain torch. `pip install triton`.")
+    if not found["gpus"] and Path("/dev/nvidia0").exists():
+        said.append(
+            f"There is an NVIDIA GPU that torch {torch.__version__} cannot use: install a CUDA build (pytorch.org)."
+        )
+    if found["cache"] and not found["cache"]["writable"]:
+        said.append(
+            "The cache folder cannot be written, so every process compiles its kernels: set INITPERF_CACHE_DIR to a folder."
+        )
+    if found["threads"]["torch"] < found["machine"]["cores"]:
+        said.append(
+            f"torch uses {found['threads']['torch']} of {found['machine']['cores']} cores, and the kernels follow it: "
+            "torch.set_num_threads, or OMP_NUM_THREADS."
+        )
+    if wrong := [name for name, op in described.items() if op["equal"] is False]:
+        said.append(
+            f"{joined(wrong)}: not equal to the reference here. Delete the cache folder and try again; if it stays, please report it "
+            "with `initperf doctor --json`; INITPERF_BACKEND=reference works meanwhile."
+        )
+    return said
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """What `examine` found, for reading."""
+    machine, threads, cache = found["machine"], found["threads"], found["cache"]
+    about = [[name, version or "not installed"] for name, version in found["versions"].items()]
+    about += [
+        ["system", machine["os"]],
+        ["CPU", f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['vectors'])}"],
+        ["threads", f"torch {threads['torch']}, numba {NONE if threads['numba'] is None else threads['numba']}"],
+        ["GPU", "; ".join(f"{g['name']} ({g['target']}, {size(g['memory'])})" for g in found["gpus"]) or "none"],
+    ]
+    if cache:
+        about.append(["compiled kernels", f"{cache['folder']} ({cache['files']} files, {size(cache['bytes'])})"])
+    words = {True: "yes", False: "NO", None: "not checked"}
+    rows = [
+        [name, op["backend"]["cpu"], op["backend"].get("cuda", NONE), op.get("error") or words[op["equal"]]]
+        for name, op in found["ops"].items()
+    ]
+    return [
+        Table("This machine", ["", ""], about, []),
+        Table("Ops", ["op", "CPU", "GPU", "equals the reference"], rows, found["advice"] or ["Nothing is missing."]),
+    ]

@@ -1,0 +1,49 @@
+"""What `initperf inspect` shows of a ticket."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from initperf.checks import check
+from initperf.findings import NONE, Table, percent, size
+from initperf.report import flatten
+from initperf.ticket import KEY, Ticket
+
+
+def is_ticket(path: Path) -> bool:
+    """A safetensors file with our metadata key."""
+    check(path.is_file(), "a ticket or a checkpoint", f"{path}, which is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except SafetensorError:
+        return False
+
+
+def ticket_tables(path: Path) -> list[Table]:
+    """Parameters with their survivors and initial distribution; the rest as settings. The hash is proven first."""
+    ticket = Ticket.load(path)
+    weights = ticket.weights()
+    rows = []
+    for name, (shape, dtype, init) in ticket.parameters.items():
+        mask = ticket.masks.get(name)
+        kept = (
+            NONE if mask is None else f"{int(mask.sum()):,} of {mask.numel():,} ({percent(float(mask.float().mean()))})"
+        )
+        source = f"{init.function}({', '.join(f'{a:.6g}' for a in init.args)})" if init else "values in the file"
+        rows.append([name, " x ".join(map(str, shape)), str(dtype).removeprefix("torch."), kept, source])
+    dense = sum(w.numel() * w.element_size() for w in weights.values())
+    about = [
+        ["density of the masked parameters", percent(ticket.density)],
+        ["seed", NONE if ticket.seed is None else str(ticket.seed)],
+        ["RNG contract version", str(ticket.rng_version)],
+        ["SHA-256 of the initial weights", f"{ticket.sha256} (proven)"],
+        ["file", f"{size(path.stat().st_size)}, 1/{dense / path.stat().st_size:.1f} of the dense {size(dense)}"],
+        *([f"recipe.{key}", value] for key, value in flatten(ticket.recipe)),
+    ]
+    return [
+        Table("Parameters", ["parameter", "shape", "dtype", "surviving", "initial values"], rows, []),
+        Table(f"Ticket {path.name}", ["", ""], about, []),
+    ]
