@@ -132,7 +132,7 @@ def ticket(
 
 def _show_run(folder: Path, compare: Path | None = None) -> None:
     """Print the tables, write the report."""
-    from initperf.findings import tables, verdict
+    from initperf.findings import labels, tables, verdict
     from initperf.report import write_report
     from initperf.results import read_run
     from initperf.terminal import open_console, show
@@ -143,8 +143,8 @@ def _show_run(folder: Path, compare: Path | None = None) -> None:
     for table in tables(run):
         show(console, table)
     found = verdict(run)
-    if run.config.get("budget"):
-        console.print(str(run.config["budget"]), style="bold yellow", markup=False)
+    for label in labels(run):
+        console.print(label, style="bold yellow", markup=False)
     console.print(found.headline, style="bold", markup=False)
     for sentence in found.sentences:
         console.print(f"  {sentence}", markup=False)

@@ -84,6 +84,12 @@ def early_stop(run: Run, level: int, kind: str) -> str:
     return f"{'≥ ' if run.stopped_at_the_end(level, kind) else ''}{value.mean:,.0f}"
 
 
+def labels(run: Run) -> list[str]:
+    """What must be said beside every number of this run."""
+    unfinished = ["unfinished"] if len(run.rows) < run.planned else []
+    return [str(run.config["budget"])] * bool(run.config.get("budget")) + unfinished
+
+
 def verdict(run: Run) -> Verdict:
     """The honest one: not ahead of a control on the means says so in the headline; intervals and other levels follow."""
     last = run.levels[-1]

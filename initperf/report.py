@@ -62,10 +62,8 @@ def write_report(run_dir: str | Path, compare: str | Path | None = None) -> Path
 def render(run: Run, other: Run | None = None) -> str:
     """The page as text."""
     found = findings.verdict(run)
-    budget = run.config.get("budget")
-    tag = f"Lottery ticket · {escape(str(run.config.get('data', run.folder.name)))}" + (
-        f"<b>{escape(str(budget))}</b>" if budget else ""
-    )
+    labels = "".join(f"<b>{escape(label)}</b>" for label in findings.labels(run))
+    tag = f"Lottery ticket · {escape(str(run.config.get('recipe', run.folder.name)))}{labels}"
     parts = [
         f'<div class="tag">{tag}</div>',
         f"<h1>{escape(found.headline)}</h1>",
@@ -199,7 +197,14 @@ def flatten(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield (
+                f"{prefix}{key}",
+                ", ".join(map(str, value))
+                if isinstance(value, list)
+                else findings.NONE
+                if value is None
+                else str(value),
+            )
 
 
 def _hashes(run: Run) -> str:
@@ -211,6 +216,8 @@ def _hashes(run: Run) -> str:
 def limitations(run: Run) -> list[str]:
     """What a careful reader would object, as far as the run's own files tell."""
     found = []
+    if len(run.rows) < run.planned:
+        found.append(f"Unfinished: {len(run.rows)} of {run.planned} networks are trained.")
     if run.config.get("budget"):
         found.append(
             f"{str(run.config['budget']).capitalize()}: fewer networks, levels or iterations than the paper's recipe."

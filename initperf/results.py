@@ -155,6 +155,17 @@ class Run:
         return len({row.trial for row in self.rows})
 
     @property
+    def planned(self) -> int:
+        """Networks that config.json asks for; those of `rows` may be fewer."""
+        try:
+            rounds, trials = int(self.config["rounds"]), int(self.config["trials"])
+            controls = list(self.config["controls"])
+            a_level = 1 + len(controls) + ("reinit" in controls) * (int(self.config.get("reinits", 1)) - 1)
+        except (KeyError, TypeError, ValueError):
+            return len(self.rows)
+        return trials * (1 + rounds * a_level)
+
+    @property
     def kinds(self) -> list[str]:
         """The networks of this run: the ticket, then its controls."""
         found = {row.kind for row in self.rows}

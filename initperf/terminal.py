@@ -21,7 +21,14 @@ def open_console() -> Console:
 
 def show(console: Console, table: Table) -> None:
     """Print a table; the ticket's rows stand out."""
-    drawn = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = RichTable(
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_header=any(table.columns),
+    )
     for column in table.columns:
         drawn.add_column(column, overflow="fold")
     groups = any(not row[0] for row in table.rows)

@@ -64,7 +64,11 @@ def write_run(
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     base = {
+        "recipe": "digits",
         "data": "digits",
+        "rounds": len(densities) - 1,
+        "controls": [kind for kind in accuracy if kind != "ticket"],
+        "trials": trials,
         "seed": 0,
         "budget": "reduced budget",
         "attribution": "Optical Recognition of Handwritten Digits, UCI, CC BY 4.0",

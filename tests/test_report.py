@@ -224,7 +224,7 @@ def test_the_report_is_the_same_when_written_again(folder):
 
 
 def test_text_from_the_run_cannot_become_markup(tmp_path):
-    folder = write_run(tmp_path / "run", data="<script>x</script>", attribution="<b>&", budget='"<i>"')
+    folder = write_run(tmp_path / "run", recipe="<script>x</script>", attribution="<b>&", budget='"<i>"')
     page = Page(write_report(folder).read_text())
     assert not page.tags & {"script", "i"}
 
@@ -236,17 +236,25 @@ def test_a_run_that_was_cut_off_after_its_results_still_gets_a_report(folder):
     assert len(Page(write_report(folder).read_text()).images) == 2
 
 
+def test_a_run_with_networks_missing_is_labelled_unfinished(folder):
+    assert "unfinished" not in write_report(folder).read_text().lower()
+    rewrite(folder / "results.csv", lambda row: row if (row["trial"], row["level"]) != ("4", "3") else None)
+    text = write_report(folder).read_text()
+    assert "<b>unfinished</b>" in text
+    assert "Unfinished: 47 of 50 networks" in text
+
+
 def test_a_run_with_only_the_dense_network_says_so(folder):
     rewrite(folder / "results.csv", lambda row: row if row["level"] == "0" else None)
     assert "Only the dense network is trained so far" in write_report(folder).read_text()
 
 
 def test_a_second_run_is_set_beside_the_first(folder, tmp_path):
-    other = write_run(tmp_path / "fast", seed=1, recipe={"lr": 0.006})
+    other = write_run(tmp_path / "fast", seed=1, optimizer={"lr": 0.006})
     text = write_report(folder, other).read_text()
     Page(text)
     assert "Compared with fast" in text
-    assert "recipe.lr" in text
+    assert "optimizer.lr" in text
     assert verdict(read_run(other)).headline in text
 
 
