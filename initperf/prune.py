@@ -17,6 +17,7 @@ from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_
 
 ops.register("kth_smallest", "select")
 ops.register("cut", "select")
+ops.register("sample_", "sample")
 
 Fraction = float | Mapping[str, float]
 Masks = dict[str, Tensor]
