@@ -125,7 +125,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 
 def _constant(value: float, dtype: torch.dtype) -> Distribution:
-    value = value if dtype == torch.float64 else float32(value)
+    value = float(value) if dtype == torch.float64 else float32(value)
     return Distribution(UNIFORM, (0.0, float32(value), value, value))
 
 
@@ -147,7 +147,7 @@ def uniform(lo: float, hi: float, dtype: torch.dtype) -> Distribution:
     least, greatest = at_least(lo, dtype), at_most(math.nextafter(hi, -math.inf), dtype)
     if least > greatest:
         fail(f"a value of {dtype} in [lo, hi)", f"[{lo}, {hi})", kind=InitPerfRuntimeError)
-    return Distribution(UNIFORM, (float32(width * 2.0**-24), float32(lo), least, greatest))
+    return Distribution(UNIFORM, (float32(width * 2.0**-24), float32(lo), float(least), float(greatest)))
 
 
 @lru_cache(maxsize=4096)
@@ -186,7 +186,7 @@ def trunc_normal(mean: float, std: float, a: float, b: float, dtype: torch.dtype
     head = (float32(scale), float32(base))
     if not (math.isfinite(head[0]) and math.isfinite(head[1])):
         fail("mean and std within float32's range", f"mean={mean}, std={std}", kind=InitPerfRuntimeError)
-    return Distribution(kind, (*head, least, greatest, *(float32(x) for x in rest)))
+    return Distribution(kind, (*head, float(least), float(greatest), *(float32(x) for x in rest)))
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

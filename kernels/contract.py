@@ -74,4 +74,7 @@ DISTANT = (
     -2.550433475523306e-10,
 )
 # (border between two pieces, centre and polynomial below it, centre and polynomial above it)
-PIECES = {TRUNC_NORMAL: (2.8125, 2.0, NEAR, 5.0, MIDDLE), TRUNC_TAIL: (7.25, 5.0, MIDDLE, 12.0, DISTANT)}
+PIECES: dict[int, tuple[float, float, tuple[float, ...], float, tuple[float, ...]]] = {
+    TRUNC_NORMAL: (2.8125, 2.0, NEAR, 5.0, MIDDLE),
+    TRUNC_TAIL: (7.25, 5.0, MIDDLE, 12.0, DISTANT),
+}

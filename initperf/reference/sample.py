@@ -24,7 +24,7 @@ from initperf.kernels.contract import (
     UNIFORM,
 )
 
-_CHUNK = 1 << 16  # values at a time, so that temporaries stay in the cache
+_CHUNK = 1 << 14  # values at a time: temporaries stay in the cache, and below the size from which torch uses threads
 _WORD = 0xFFFFFFFF
 Number = Tensor | float
 
@@ -40,6 +40,11 @@ def fma(x: Tensor, y: Number, z: Number) -> Tensor:
     inexact_even = (error != 0) & (bits & 1 == 0)
     toward = torch.where((error > 0) == (total > 0), 1, -1)
     return (bits + torch.where(inexact_even, toward, 0)).view(torch.float64).float()
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """The nearest float32, by way of float64: no root of a float32 is near enough to a midpoint for that to matter, and torch's float32 sqrt is sometimes a unit off."""
+    return x.double().sqrt().float()
 
 
 def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
@@ -87,7 +92,7 @@ def _finish(z: Tensor, scale: Number, params: Sequence[float], dtype: torch.dtyp
 def _normal(words: list[Tensor], lane: Tensor, params: Sequence[float]) -> Tensor:
     low = lane < 2
     v, w = torch.where(low, words[0], words[2]), torch.where(low, words[1], words[3])
-    radius = torch.sqrt(_log((v | 1).float(), 32)) * params[0]
+    radius = sqrt(_log((v | 1).float(), 32)) * params[0]
     radius = torch.where(v & 1 == 1, -radius, radius)
     x = _signed(w) * 2.0**-32
     square = x * x
@@ -108,7 +113,7 @@ def _quantile(kind: int, word: Tensor, params: Sequence[float]) -> tuple[Tensor,
         s = _log(fma(above, rest[0], rest[1]), 0)
         return s * horner(s, rest[2:]), scale
     left, right = fma((word | 1).float(), rest[0], rest[1]), fma(above, rest[2], rest[3])
-    t = torch.sqrt(_log(torch.where(left < right, left, right), 0, rest[4]))
+    t = sqrt(_log(torch.where(left < right, left, right), 0, rest[4]))
     border, low_center, low, high_center, high = PIECES[kind]
     z = torch.where(t < border, horner(t - low_center, low), horner(t - high_center, high))
     return z, torch.where(left < right, -scale, scale)

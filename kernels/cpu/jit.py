@@ -1,7 +1,7 @@
 """numba.njit with a disk cache that cannot go stale, and the two rules of calling parallel kernels (threads, forks).
 
 Numba's own index follows one source file; an edit of an intrinsic in another file leaves stale entries. So the cache
-folder is keyed by a hash of every file of kernels/cpu: ~/.cache/initperf/numba-<hash> (INITPERF_CACHE_DIR overrides).
+folder is keyed by a hash of every file of kernels/cpu and of kernels: ~/.cache/initperf/numba-<hash> (INITPERF_CACHE_DIR overrides).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numba
 import torch
 
 _HERE = Path(__file__).parent
-_HASH = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(_HERE.glob("*.py")))).hexdigest()[:16]
+_FILES = sorted([*_HERE.glob("*.py"), *_HERE.parent.glob("*.py")])
+_HASH = hashlib.sha256(b"".join(p.read_bytes() for p in _FILES)).hexdigest()[:16]
 _ROOT = os.environ.get("INITPERF_CACHE_DIR") or Path(
     os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "initperf"
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+intrinsic: Any = (
+    extending.intrinsic
+)  # untyped, so that the functions below keep their own signatures out of type checks
 
 
 def _llvm_call(builder: Any, name: str, result: ir.Type, args: Any) -> Any:
@@ -49,3 +53,40 @@ def pointer(typingctx: Any, address: Any, dtype: Any) -> Any:
         return builder.inttoptr(args[0], ctx.get_value_type(kind))
 
     return kind(types.uintp, dtype), codegen
+
+
+def horner(coefficients: Sequence[float]) -> Any:
+    """A function of a float32: the polynomial with these coefficients, lowest power first, by Horner's rule in fma."""
+
+    @intrinsic
+    def polynomial(typingctx: Any, x: Any) -> Any:
+        def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+            result = ir.Constant(ir.FloatType(), coefficients[-1])
+            for c in coefficients[-2::-1]:
+                result = _llvm_call(builder, "llvm.fma.f32", ir.FloatType(), [result, args[0], result.type(c)])
+            return result
+
+        return types.float32(types.float32), codegen
+
+    return polynomial
+
+
+@intrinsic
+def full_vectors(typingctx: Any) -> Any:
+    """Let LLVM use the widest vectors in the function that calls this; by itself it stops at 256 bits on AVX-512 machines."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        return ctx.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def half_bits(typingctx: Any, x: Any) -> Any:
+    """The uint16 with the bits of the float16 nearest to a float32."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
