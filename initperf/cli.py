@@ -197,14 +197,15 @@ def doctor(
 ) -> None:
     """Show versions, devices, which backend runs each op, and what is missing and how to get it."""
     from initperf.doctor import examine, tables
+    from initperf.terminal import open_console, show
 
-    found = examine(check)
+    console = open_console()
     if as_json:
+        found = examine(check)
         typer.echo(json.dumps(found, indent=2))
     else:
-        from initperf.terminal import open_console, show
-
-        console = open_console()
+        with console.status("comparing every op with its reference; the first time, kernels are compiled"):
+            found = examine(check)
         for table in tables(found):
             show(console, table)
     if any(op["equal"] is False for op in found["ops"].values()):

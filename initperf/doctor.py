@@ -162,7 +162,35 @@ def _check_sample(launch: Callable[..., Any], device: str) -> list[Tensor]:
     return [launch(torch.empty(2500, device=device), *which, 7, 3) for which in distributions]
 
 
-CHECKS: dict[str, Callable[[Callable[..., Any], str], list[Tensor]]] = {"sample_": _check_sample}
+def _check_orthogonal(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    return [launch(_integers(40, 24, device=device))]
+
+
+def _check_kth_smallest(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    values = [_integers(31, 10, device=device), _integers(7, device=device)]
+    return [launch(values, [v > -2 for v in values], 100), launch(values, None, 100)]
+
+
+def _check_cut(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    values = [_integers(31, 10, device=device), _integers(7, device=device)]
+    alive = [v > -2 for v in values]
+    selection = import_module("initperf.reference.select").kth_smallest(values, alive, 100)
+    return list(launch(values, alive, selection))
+
+
+def _check_moments(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    x = _integers(8, 4, 64, device=device)
+    counts, values = launch([x, x], [(1, 1, 2048, 2048, 2048), (8, 4, 64, 256, 64)], 4, 0.0)
+    return [counts, values.float()]  # to float32: quotients and roots may differ in the last bits
+
+
+CHECKS: dict[str, Callable[[Callable[..., Any], str], list[Tensor]]] = {
+    "sample_": _check_sample,
+    "orthogonal_": _check_orthogonal,
+    "kth_smallest": _check_kth_smallest,
+    "cut": _check_cut,
+    "moments": _check_moments,
+}
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
