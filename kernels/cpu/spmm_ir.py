@@ -1,0 +1,330 @@
+"""Vector IR of the masked products: 16-lane loads and stores in any float dtype, 16 x 16 transposes, and the two inner loops.
+
+Numba has no vector types, and its loops over small arrays spill; an intrinsic that writes LLVM vectors keeps the sums in
+registers. A storage pointer says its dtype by its type: float32, float64, uint16 = bfloat16, int16 = float16. Arithmetic is
+float32, and float64 for float64. LLVM splits the 16 lanes where the machine's vectors are shorter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+ROWS = 4  # rows of a unit: as many independent chains of sums, and one 32-bit load brings their four columns
+
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_HALVES = (types.uint16, types.int16)  # bfloat16, float16
+
+
+def _const(value: int) -> ir.Constant:
+    return ir.Constant(_I64, value)
+
+
+def _vector(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, LANES)
+
+
+def _compute(storage: Any) -> Any:
+    """The Numba type that arithmetic runs in."""
+    return types.float32 if storage in _HALVES else storage
+
+
+def _element(storage: Any) -> ir.Type:
+    return {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}.get(storage, _I16)
+
+
+def _like(value: Any, scalar: ir.Type) -> ir.Type:
+    """`scalar`, as a vector if `value` is one."""
+    return ir.VectorType(scalar, value.type.count) if isinstance(value.type, ir.VectorType) else scalar
+
+
+def _filled(kind: ir.Type, value: int) -> ir.Constant:
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+
+def _widen(builder: Any, value: Any, storage: Any) -> Any:
+    if storage == types.uint16:
+        wide = builder.zext(value, _like(value, _I32))
+        return builder.bitcast(builder.shl(wide, _filled(wide.type, 16)), _like(value, ir.FloatType()))
+    if storage == types.int16:
+        return builder.fpext(builder.bitcast(value, _like(value, ir.HalfType())), _like(value, ir.FloatType()))
+    return value
+
+
+def _narrow(builder: Any, value: Any, storage: Any) -> Any:
+    """One rounding, to nearest even. bfloat16 by integers: LLVM would call a library function, or flush subnormals."""
+    if storage == types.int16:
+        return builder.bitcast(builder.fptrunc(value, _like(value, ir.HalfType())), _like(value, _I16))
+    if storage != types.uint16:
+        return value
+    bits = builder.bitcast(value, _like(value, _I32))
+    constant = lambda v: _filled(bits.type, v)  # noqa: E731
+    high = builder.lshr(bits, constant(16))
+    even = builder.add(builder.and_(high, constant(1)), constant(0x7FFF))
+    rounded = builder.lshr(builder.add(bits, even), constant(16))
+    nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(nan, builder.or_(high, constant(0x40)), rounded), _like(value, _I16))
+
+
+def _at(builder: Any, base: Any, offset: Any) -> Any:
+    return builder.gep(base, [offset if isinstance(offset, ir.Value) else _const(offset)])
+
+
+def _load(builder: Any, base: Any, offset: Any, element: ir.Type, align: int) -> Any:
+    value = builder.load(builder.bitcast(_at(builder, base, offset), _vector(element).as_pointer()))
+    value.align = align
+    return value
+
+
+def _store(builder: Any, value: Any, base: Any, offset: Any, align: int) -> None:
+    builder.store(value, builder.bitcast(_at(builder, base, offset), value.type.as_pointer())).align = align
+
+
+def _shuffle(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    empty = ir.Constant(_vector(scalar.type), ir.Undefined)
+    return _shuffle(builder, builder.insert_element(empty, scalar, ir.Constant(_I32, 0)), empty, [0] * LANES)
+
+
+def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    suffix = "f32" if x.type.element == ir.FloatType() else "f64"
+    function_type = ir.FunctionType(x.type, [x.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.fma.v{LANES}{suffix}")
+    return builder.call(function, [x, y, z])
+
+
+def _zip(builder: Any, x: Any, y: Any, group: int, *, high: bool) -> Any:
+    """Groups of lanes taken in turn from the lower (or higher) halves of the 2-group blocks of x and of y."""
+    shift = group if high else 0
+    lanes = []
+    for k in range(0, x.type.count, 2 * group):
+        lanes += [k + shift + i for i in range(group)] + [x.type.count + k + shift + i for i in range(group)]
+    return _shuffle(builder, x, y, lanes)
+
+
+def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
+    for group in (1, 2, 4, 8):
+        swapped = list(rows)
+        for i in range(LANES):
+            if not i & group:
+                swapped[i] = _zip(builder, rows[i], rows[i | group], group, high=False)
+                swapped[i | group] = _zip(builder, rows[i], rows[i | group], group, high=True)
+        rows = swapped
+    return rows
+
+
+@intrinsic
+def storage_pointer(typingctx: Any, address: Any, kind: Any) -> Any:
+    """The integer `address` as a pointer to the dtype of the array `kind`, of which only the type counts."""
+    result = types.CPointer(kind.dtype)
+    return result(types.int64, kind), lambda ctx, builder, sig, args: builder.inttoptr(args[0], ctx.get_value_type(result))
+
+
+@intrinsic
+def compute_pointer(typingctx: Any, address: Any, kind: Any) -> Any:
+    """The same, to the dtype that arithmetic runs in."""
+    result = types.CPointer(_compute(kind.dtype))
+    return result(types.int64, kind), lambda ctx, builder, sig, args: builder.inttoptr(args[0], ctx.get_value_type(result))
+
+
+@intrinsic
+def load(typingctx: Any, base: Any, offset: Any) -> Any:
+    """base[offset], widened."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _widen(builder, builder.load(_at(builder, *args)), base.dtype)
+
+    return _compute(base.dtype)(base, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx: Any, base: Any, offset: Any, value: Any) -> Any:
+    """base[offset] = value, rounded once."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer, place, number = args
+        builder.store(_narrow(builder, number, base.dtype), _at(builder, pointer, place))
+        return ctx.get_dummy_value()
+
+    return types.void(base, types.int64, _compute(base.dtype)), codegen
+
+
+@intrinsic
+def shifted(typingctx: Any, base: Any, offset: Any) -> Any:
+    """The pointer base + offset elements."""
+    return base(base, types.int64), lambda ctx, builder, sig, args: _at(builder, *args)
+
+
+@intrinsic
+def transpose_in(typingctx: Any, source: Any, stride: Any, rows: Any, out: Any, out_stride: Any) -> Any:
+    """out[j * out_stride + i] = source[i * stride + j] for 16 x 16, widened; lanes i >= rows are 0, and not read."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        src, step, valid, dst, dst_step = args
+        element = _element(source.dtype)
+        lines = []
+        for i in range(LANES):
+            inside = builder.icmp_signed("<", _const(i), valid)
+            row = builder.select(inside, _const(i), _const(0))
+            line = _load(builder, src, builder.mul(row, step), element, element_size(element))
+            lines.append(builder.select(inside, line, _zero(line.type)))
+        lines = [_widen(builder, line, source.dtype) for line in lines]
+        for j, line in enumerate(_transpose(builder, lines)):
+            _store(builder, line, dst, builder.mul(_const(j), dst_step), 64)
+        return ctx.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, out, types.int64), codegen
+
+
+@intrinsic
+def transpose_out(typingctx: Any, source: Any, stride: Any, out: Any, out_stride: Any, rows: Any) -> Any:
+    """out[i * out_stride + j] = source[j * stride + i] for 16 x 16, rounded once; rows i >= `rows` are not written."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        src, step, dst, dst_step, valid = args
+        wide = _element(source.dtype)
+        lines = [_load(builder, src, builder.mul(_const(j), step), wide, 64) for j in range(LANES)]
+        for i, line in enumerate(_transpose(builder, lines)):
+            with builder.if_then(builder.icmp_signed("<", _const(i), valid), likely=True):
+                line = _narrow(builder, line, out.dtype)
+                _store(builder, line, dst, builder.mul(_const(i), dst_step), element_size(line.type.element))
+        return ctx.get_dummy_value()
+
+    return types.void(source, types.int64, out, types.int64, types.int64), codegen
+
+
+def element_size(element: ir.Type) -> int:
+    return {_I16: 2, ir.FloatType(): 4, ir.DoubleType(): 8}[element]
+
+
+def _zero(kind: ir.VectorType) -> ir.Constant:
+    return ir.Constant(kind, [0 if isinstance(kind.element, ir.IntType) else 0.0] * kind.count)
+
+
+class _Loop:
+    """for j in range(0, steps): the body written between `with` and its end. phi(start, next) are the carried values."""
+
+    def __init__(self, builder: Any, steps: Any, start: list[Any]) -> None:
+        self.builder, self.steps = builder, steps
+        self.entry = builder.block
+        self.head, self.body, self.done = (builder.append_basic_block(n) for n in ("head", "body", "done"))
+        builder.branch(self.head)
+        builder.position_at_end(self.head)
+        self.j = builder.phi(_I64)
+        self.j.add_incoming(_const(0), self.entry)
+        self.carried = [builder.phi(s.type) for s in start]
+        for phi, s in zip(self.carried, start, strict=True):
+            phi.add_incoming(s, self.entry)
+        builder.cbranch(builder.icmp_signed("<", self.j, steps), self.body, self.done)
+        builder.position_at_end(self.body)
+
+    def end(self, new: list[Any]) -> None:
+        builder = self.builder
+        self.j.add_incoming(builder.add(self.j, _const(1)), builder.block)
+        for phi, value in zip(self.carried, new, strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(self.head)
+        builder.position_at_end(self.done)
+
+
+def _columns(builder: Any, columns: Any, j: Any, x: Any, width: int) -> list[Any]:
+    """Where the four columns of step j begin in the X tile."""
+    word = builder.load(builder.bitcast(_at(builder, columns, builder.mul(j, _const(ROWS))), _I32.as_pointer()))
+    word.align = 1
+    starts = []
+    for r in range(ROWS):
+        column = builder.and_(builder.lshr(word, ir.Constant(_I32, 8 * r)), ir.Constant(_I32, 255))
+        starts.append(_at(builder, x, builder.mul(builder.zext(column, _I64), _const(width * LANES))))
+    return starts
+
+
+@intrinsic
+def multiply_unit(typingctx: Any, width: Any, columns: Any, values: Any, x: Any, y: Any, rows: Any, steps: Any) -> Any:
+    """y[row r] += sum over j < steps of values[4 j + r] * x[column 4 j + r], r = 0..3.
+
+    width: a tuple of V; a line of x or y is V * 16 lanes, of the X tile at [column][lane], of the Y tile at [row][lane].
+    rows: the four row numbers, 8 bits each. All 4 V sums stay in registers.
+    """
+    count = len(width)
+    element = _element(x.dtype)
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, cols, vals, x_tile, y_tile, numbers, n = args
+        lines = _rows(builder, y_tile, numbers, count)
+        start = [_load(builder, line, v * LANES, element, 64) for line in lines for v in range(count)]
+        loop = _Loop(builder, n, start)
+        new = []
+        base = builder.mul(loop.j, _const(ROWS))
+        for r, xs in enumerate(_columns(builder, cols, loop.j, x_tile, count)):
+            value = _splat(builder, builder.load(_at(builder, vals, builder.add(base, _const(r)))))
+            for v in range(count):
+                lanes = _load(builder, xs, v * LANES, element, 64)
+                new.append(_fma(builder, value, lanes, loop.carried[r * count + v]))
+        loop.end(new)
+        for i, total in enumerate(loop.carried):
+            _store(builder, total, lines[i // count], i % count * LANES, 64)
+        return ctx.get_dummy_value()
+
+    return types.void(width, columns, values, x, y, types.uint32, types.int64), codegen
+
+
+@intrinsic
+def correlate_unit(typingctx: Any, width: Any, columns: Any, sums: Any, x: Any, y: Any, rows: Any, steps: Any) -> Any:
+    """sums[4 j + r] += sum over lanes of y[row r] * x[column 4 j + r], for j < steps, r = 0..3. Shapes as in multiply_unit."""
+    count = len(width)
+    element = _element(x.dtype)
+    four = ir.VectorType(element, ROWS)
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, cols, out, x_tile, y_tile, numbers, n = args
+        lines = [[_load(builder, line, v * LANES, element, 64) for v in range(count)] for line in _rows(builder, y_tile, numbers, count)]
+        loop = _Loop(builder, n, [])
+        products = []
+        for line, xs in zip(lines, _columns(builder, cols, loop.j, x_tile, count), strict=True):
+            lanes = [_load(builder, xs, v * LANES, element, 64) for v in range(count)]
+            total = builder.fmul(line[0], lanes[0])
+            for v in range(1, count):
+                total = _fma(builder, line[v], lanes[v], total)
+            products.append(total)
+        place = builder.bitcast(_at(builder, out, builder.mul(loop.j, _const(ROWS))), four.as_pointer())
+        before = builder.load(place)
+        before.align = element_size(element)
+        builder.store(builder.fadd(before, _sum_lanes(builder, products)), place).align = element_size(element)
+        loop.end([])
+        return ctx.get_dummy_value()
+
+    return types.void(width, columns, sums, x, y, types.uint32, types.int64), codegen
+
+
+def _rows(builder: Any, tile: Any, numbers: Any, width: int) -> list[Any]:
+    lines = []
+    for r in range(ROWS):
+        row = builder.and_(builder.lshr(numbers, ir.Constant(_I32, 8 * r)), ir.Constant(_I32, 255))
+        lines.append(_at(builder, tile, builder.mul(builder.zext(row, _I64), _const(width * LANES))))
+    return lines
+
+
+def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """Four vectors of 16 lanes -> one vector of their four sums."""
+    a, b, c, d = (_fold(builder, v) for v in vectors)
+    pairs = lambda x, y, group: builder.fadd(  # noqa: E731
+        _zip(builder, x, y, group, high=False), _zip(builder, x, y, group, high=True)
+    )
+    return _fold(builder, pairs(pairs(a, b, 1), pairs(c, d, 1), 2))
+
+
+def _fold(builder: Any, x: Any) -> Any:
+    """The higher half of the lanes added to the lower."""
+    half = x.type.count // 2
+    empty = ir.Constant(x.type, ir.Undefined)
+    return builder.fadd(
+        _shuffle(builder, x, empty, list(range(half))), _shuffle(builder, x, empty, list(range(half, 2 * half)))
+    )
