@@ -1,0 +1,230 @@
+"""The LeNet-300-100 experiment on digits or MNIST: a ticket and its controls, level by level, as a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+
+from initperf.checks import check
+from initperf.experiments import data as sets
+from initperf.experiments.recipes import DEFAULT, Recipe, find, mlp, small_mlp
+from initperf.experiments.training import measure_steps, train
+from initperf.files import write_atomically
+from initperf.runfolder import STEPS, write_csv
+from initperf.search import TicketSearch
+
+Progress = Callable[[dict[str, Any]], None]
+THREADS = 1  # a network: more gain nothing at batch 60, and so results do not depend on the number of cores
+TICK_SECONDS = 0.1
+WORTH_A_WORKER = 20_000  # iterations in all, below which starting a second process costs more than it saves
+
+
+def run_ticket(
+    data: str = "digits",
+    data_dir: str | Path | None = None,
+    out: str | Path = "runs/ticket",
+    *,
+    recipe: str | None = None,
+    budget: str | None = None,
+    rounds: int | None = None,
+    iterations: int | None = None,
+    trials: int | None = None,
+    lr: float | None = None,
+    batch: int | None = None,
+    controls: Sequence[str] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Run the experiment, or what is left of it, and return the run folder (report.html is not written here).
+
+    recipe: a name of initperf.experiments.recipes ("digits"; for mnist "lenet-paper" or "lenet-open-lth"). budget: "quick"
+    (for mnist if none is given: 12 levels of 1,000 iterations), "medium" or "paper". Numbers given override both.
+    workers: processes side by side, each with one thread; by default one a core. The results do not depend on it.
+
+    progress(event) gets dicts: {"event": "start", "recipe", "label", "networks", "done"}; during a training, at most
+    ten times a second, {"event": "step", "trial", "level", "kind", "density", "iteration", "iterations", "networks",
+    "done"}; {"event": "network", ...the row of results.csv, "networks", "done"} after each network (also after those
+    that other worker processes trained); {"event": "measure"} before the timing of steps; {"event": "end"}.
+    """
+    check(data in DEFAULT, f"data to be one of {', '.join(DEFAULT)}", repr(data))
+    chosen = find(recipe or DEFAULT[data][0])
+    check(chosen.data == data, f"a recipe for {data}", f"{chosen.name}, which is for {chosen.data}")
+    given = {"rounds": rounds, "iterations": iterations, "trials": trials, "lr": lr, "batch": batch}
+    chosen = chosen.changed(budget or DEFAULT[data][1], **given, controls=None if controls is None else tuple(controls))
+    began = time.perf_counter()
+    with _threads(THREADS):
+        search, images = _search(chosen, data_dir, Path(out), seed)
+        reporter = _Reporter(search, chosen, progress, began)
+        reporter.start()
+        missing = len(reporter.unseen)
+        if missing:
+            count = workers if workers is not None else _default_workers(missing * chosen.iterations)
+            with _workers(min(count, missing) - 1, search.folder.path, data_dir):
+                _work(search, images, chosen, reporter)
+            reporter.network()
+        if missing or not (search.folder.path / "steps.csv").exists():
+            reporter.send({"event": "measure"})
+            _measure(search, images, chosen)
+        reporter.summarize()
+        reporter.send({"event": "end"})
+    return search.folder.path
+
+
+def _search(recipe: Recipe, data_dir: str | Path | None, out: Path, seed: int) -> tuple[TicketSearch, sets.DataSet]:
+    images = sets.load(recipe.data, data_dir)
+    inputs = images.train.x.shape[1]
+    about = {**recipe.config(), "attribution": images.about, "data_sha256": images.sha256}
+    search = TicketSearch(
+        partial(mlp, inputs, recipe.hidden, images.classes),
+        rounds=recipe.rounds,
+        fractions=recipe.fractions,
+        scope=recipe.scope,
+        controls=recipe.controls,
+        trials=recipe.trials,
+        reinits=recipe.reinits,
+        seed=seed,
+        out=out,
+        init=recipe.init,
+        make_small=partial(small_mlp, inputs, recipe.hidden, images.classes),
+        config=about,
+        recipe={"recipe": recipe.name, "data": recipe.data},
+    )
+    return search, images
+
+
+def _work(search: TicketSearch, images: sets.DataSet, recipe: Recipe, reporter: _Reporter | None) -> None:
+    for run in search:
+        if reporter:
+            reporter.network()
+        train(run, images, recipe, reporter.tick if reporter else None)
+
+
+def _measure(search: TicketSearch, images: sets.DataSet, recipe: Recipe) -> None:
+    """steps.csv: a training step with the masks of trial 0, dense and masked."""
+    rows = []
+    for level in range(search.rounds + 1):
+        dense, masked, density = search.dense_and_masked(0, level)
+        dense_ms, masked_ms = measure_steps(dense, masked, images, recipe)
+        rows.append(
+            {"level": level, "density": density, "batch": recipe.batch, "dense_ms": dense_ms, "masked_ms": masked_ms}
+        )
+    write_csv(search.folder.path / "steps.csv", STEPS, rows)
+
+
+class _Reporter:
+    """Tells `progress` what happens, and keeps summary.json."""
+
+    def __init__(self, search: TicketSearch, recipe: Recipe, progress: Progress | None, began: float) -> None:
+        self.search, self.recipe, self.progress, self.began = search, recipe, progress, began
+        self.networks = search.networks()
+        self.unseen = [n for n in self.networks if search.folder.record(n) is None]
+        self.last = 0.0
+        self.path = search.folder.path / "summary.json"
+        self.before = json.loads(self.path.read_text())["seconds"] if self.path.exists() else 0.0
+
+    def send(self, event: dict[str, Any]) -> None:
+        if self.progress:
+            self.progress(event)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"networks": len(self.networks), "done": len(self.networks) - len(self.unseen)}
+
+    def start(self) -> None:
+        self.send({"event": "start", "recipe": self.recipe.name, "label": self.recipe.budget, **self.counts})
+
+    def tick(self, run: Any, iteration: int) -> None:
+        now = time.perf_counter()
+        if self.progress and now - self.last >= TICK_SECONDS:
+            self.last = now
+            about = {"trial": run.trial, "level": run.level, "kind": run.kind, "density": run.density}
+            self.send(
+                {"event": "step", **about, "iteration": iteration, "iterations": self.recipe.iterations, **self.counts}
+            )
+
+    def network(self) -> None:
+        """Some networks are finished, by this process or others."""
+        for network in list(self.unseen):
+            record = self.search.folder.record(network)
+            if record is not None:
+                self.unseen.remove(network)
+                self.send({"event": "network", **record["row"], **self.counts})
+                self.summarize()
+
+    def summarize(self) -> None:
+        folder, ops = self.search.folder, {}  # type: ignore[var-annotated]
+        for network in self.networks:
+            for op, used in (folder.record(network) or {"ops": {}})["ops"].items():
+                total = ops.setdefault(op, {})
+                for backend, count in used.items():
+                    total[backend] = total.get(backend, 0) + count
+        files = {level: folder.ticket(0, level) for level in range(self.search.rounds + 1)}
+        dense = len(safetensors.save(self.search.make_model().state_dict()))
+        summary = {
+            "ops": dict(sorted(ops.items())),
+            "ticket_bytes": {level: f.stat().st_size for level, f in files.items() if f.exists()},
+            "dense_checkpoint_bytes": {level: dense for level in files},
+            "seconds": round(self.before + time.perf_counter() - self.began, 1),
+        }
+        write_atomically(self.path, json.dumps(summary, indent=1) + "\n")
+
+
+def _default_workers(iterations: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if iterations >= WORTH_A_WORKER else 1
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _workers(count: int, folder: Path, data_dir: str | Path | None) -> Iterator[None]:
+    """Processes that share the run folder; they end when this process does, since their standard input ends then."""
+    command = [sys.executable, "-m", "initperf.experiments.lenet", str(folder), *([str(data_dir)] if data_dir else [])]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in started:
+            if process.stdin:
+                process.stdin.close()
+            process.wait()
+
+
+def _worker(folder: str, data_dir: str | None = None) -> None:
+    """A worker process: trains networks of the run in `folder` until none is left."""
+
+    def end_with_parent() -> None:
+        sys.stdin.buffer.read()
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(THREADS)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    recipe = Recipe.from_config(config)
+    search, images = _search(recipe, data_dir, Path(folder), config["seed"])
+    _work(search, images, recipe, None)
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:])

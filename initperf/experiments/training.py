@@ -1,0 +1,86 @@
+"""The training loop of the built-in experiments, and the timing of its steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from initperf.experiments.data import DataSet, Split, permutation
+from initperf.experiments.recipes import Recipe
+from initperf.search import Run
+
+EVALUATION_BATCH = 5000
+TIMED_STEPS = 60
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, fused=True),
+}
+
+
+def train(run: Run, data: DataSet, recipe: Recipe, tick: Callable[[Run, int], None] | None = None) -> None:
+    """Train run.model for the recipe's iterations, evaluating now and then; continues from a checkpoint if there is one."""
+    optimizer = OPTIMIZERS[recipe.optimizer](run.model.parameters(), lr=recipe.lr)
+    start = run.restore(optimizer=optimizer)
+    batches = len(data.train) // recipe.batch
+    order, epoch_of_order = torch.empty(0), -1
+    for iteration in range(start + 1, recipe.iterations + 1):
+        epoch, at = divmod(iteration - 1, batches)
+        if epoch != epoch_of_order:
+            order, epoch_of_order = permutation(len(data.train), run.data_seed, epoch), epoch
+        chosen = order[at * recipe.batch : (at + 1) * recipe.batch]
+        loss = step(run.model, optimizer, data.train.x[chosen], data.train.y[chosen])
+        if iteration % recipe.evaluate_every == 0 or iteration == recipe.iterations:
+            val_loss, val_accuracy = evaluate(run.model, data.val)
+            _, test_accuracy = evaluate(run.model, data.test)
+            run.log(
+                iteration,
+                train_loss=loss.item(),
+                val_loss=val_loss,
+                val_accuracy=val_accuracy,
+                test_accuracy=test_accuracy,
+            )
+        run.step(iteration)
+        if tick:
+            tick(run, iteration)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    """One training step; returns the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (a fraction) over a whole split, in large batches."""
+    training = model.training
+    model.eval()
+    loss, right = 0.0, 0
+    for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
+        scores = model(x)
+        loss += float(F.cross_entropy(scores, y, reduction="sum"))
+        right += int((scores.argmax(1) == y).sum())
+    model.train(training)
+    return loss / len(split), right / len(split)
+
+
+def measure_steps(dense: nn.Module, masked: nn.Module, data: DataSet, recipe: Recipe) -> tuple[float, float]:
+    """Median milliseconds of a training step of two models, in alternation."""
+    x, y = data.train.x[: recipe.batch].clone(), data.train.y[: recipe.batch].clone()
+    models = [(m, OPTIMIZERS[recipe.optimizer](m.parameters(), lr=recipe.lr)) for m in (dense, masked)]
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(TIMED_STEPS + 5):
+        for (model, optimizer), found in zip(models, times, strict=True):
+            start = time.perf_counter()
+            step(model, optimizer, x, y)
+            if i >= 5:  # the first build caches
+                found.append(1e3 * (time.perf_counter() - start))
+    return round(median(times[0]), 4), round(median(times[1]), 4)

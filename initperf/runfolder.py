@@ -1,0 +1,133 @@
+"""The folder of a ticket run: what is finished, as one record a trained network, and the tables made from the records.
+
+Every file is written whole, so a run may be killed at any moment, and several processes may share a folder: a network is
+trained by whoever holds its lock. The tables depend on the records alone, not on who wrote them when.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from initperf.checks import InitPerfError, fail
+from initperf.files import FileLock, make_folder, write_atomically
+
+KINDS = ("ticket", "reinit", "sign-reinit", "shuffle", "random", "small-dense")
+RESULTS = [
+    "trial",
+    "level",
+    "kind",
+    "density",
+    "iterations",
+    "early_stop_iteration",
+    "early_stop_val_loss",
+    "early_stop_test_accuracy",
+    "final_test_accuracy",
+    "iterations_to_dense_best",
+    "seed",
+    "train_seconds",
+]
+CURVES = ["trial", "level", "kind", "iteration", "train_loss", "val_loss", "val_accuracy", "test_accuracy"]
+STEPS = ["level", "density", "batch", "dense_ms", "masked_ms"]
+
+
+class Network(NamedTuple):
+    """One network to train; level 0 is the dense one, kind "ticket". Several re-initializations differ in `repeat`."""
+
+    trial: int
+    level: int
+    kind: str
+    repeat: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"trial{self.trial}-level{self.level}-{self.kind}" + (f"-{self.repeat}" if self.repeat else "")
+
+    @property
+    def order(self) -> tuple[int, int, int, int]:
+        return self.trial, self.level, KINDS.index(self.kind), self.repeat
+
+
+class RunFolder:
+    """A run folder, opened for writing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = make_folder(path)
+        self.networks = make_folder(self.path / "networks")
+        self.tickets = make_folder(self.path / "tickets")
+        self._records: dict[str, dict[str, Any]] = {}
+
+    def claim_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.json, or check that the one there is the same: all but `trials`, which may grow."""
+        config = json.loads(json.dumps(config))
+        path = self.path / "config.json"
+        with FileLock(self.networks / "tables.lock"):
+            if path.exists():
+                _check_same(config, self.read_config(), self.path)
+            if not path.exists() or config["trials"] > self.read_config()["trials"]:
+                write_atomically(path, json.dumps(config, indent=1) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.path / "config.json").read_text()))
+        except (OSError, ValueError) as error:
+            fail(f"a run's config.json in {self.path}", f"{error}. Name another folder")
+
+    def record(self, network: Network) -> dict[str, Any] | None:
+        """The record of a finished network, else None."""
+        if network.name not in self._records:
+            path = self.networks / f"{network.name}.json"
+            if not path.exists():
+                return None
+            self._records[network.name] = json.loads(path.read_text())
+        return self._records[network.name]
+
+    def finish(self, network: Network, record: Mapping[str, Any], networks: Iterable[Network]) -> None:
+        """Keep the record of `network`, drop its checkpoint, and write the tables anew."""
+        write_atomically(self.networks / f"{network.name}.json", json.dumps(record))
+        self.checkpoint(network).unlink(missing_ok=True)
+        self.write_tables(networks)
+
+    def write_tables(self, networks: Iterable[Network]) -> None:
+        """results.csv and curves.csv from the records of the finished ones of `networks`."""
+        with FileLock(self.networks / "tables.lock"):
+            done = [(n, r) for n in sorted(networks, key=lambda n: n.order) if (r := self.record(n)) is not None]
+            write_csv(self.path / "results.csv", RESULTS, [r["row"] for _, r in done])
+            points = [{**p, "trial": n.trial, "level": n.level, "kind": n.kind} for n, r in done for p in r["points"]]
+            write_csv(self.path / "curves.csv", CURVES, points)
+
+    def lock(self, network: Network) -> FileLock:
+        return FileLock(self.networks / f"{network.name}.lock")
+
+    def checkpoint(self, network: Network) -> Path:
+        return self.networks / f"{network.name}.checkpoint"
+
+    def rewind_point(self, trial: int) -> Path:
+        """Weights and buffers of the dense network at the iteration to which the tickets are rewound."""
+        return self.networks / f"trial{trial}-rewind.safetensors"
+
+    def ticket(self, trial: int, level: int) -> Path:
+        return self.tickets / f"trial{trial}-level{level}.safetensors"
+
+
+def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Floats in full (they read back to the same bits), None as an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+def _check_same(given: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
+    for key in sorted({*given, *found}):
+        a, b = given.get(key), found.get(key)
+        if a != b and key != "trials":
+            raise InitPerfError(
+                f"Expected the configuration of the run in {folder}: {key} = {json.dumps(b)}. Got {json.dumps(a)}. "
+                "Give the same to continue that run, or another folder for a new one."
+            )

@@ -1,0 +1,299 @@
+"""TicketSearch: iterative magnitude pruning with rewinding and controls, around the user's own training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor, nn
+
+from initperf import __version__, ops, prune, rng
+from initperf.checks import InitPerfTypeError, check, check_seed, fail
+from initperf.files import FileLock
+from initperf.init import initialize
+from initperf.masked import sparsify
+from initperf.runfolder import KINDS, Network, RunFolder
+from initperf.running import Run, derive_seed
+from initperf.ticket import Init, Ticket, named_parameters
+
+POLL_SECONDS = 0.05
+PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class TicketSearch:
+    """Train, prune, rewind, repeat, and train every control: iterate to get the networks, one `Run` at a time.
+
+    for run in TicketSearch(make_model, rounds=3, fractions={"*.weight": 0.2, "fc3.weight": 0.1}, out="runs/mine"):
+        optimizer = torch.optim.Adam(run.model.parameters(), lr=1.2e-3)
+        for iteration, (x, y) in enumerate(batches(run.generator), 1):
+            ...                                                      # the user's own training step
+            run.log(iteration, val_loss=..., test_accuracy=...)      # now and then
+
+    make_model: () -> nn.Module; the search initializes it: `init` is a scheme of initperf.init.initialize, or a function
+    (model, seed). fractions: pruned a round, of the survivors, by glob over the weights of linear and convolution layers
+    (the last glob that matches counts). Controls at every level: "reinit" (the ticket's mask, fresh weights), "sign-reinit"
+    (fresh magnitudes, the initial signs), "shuffle" (mask permuted within each layer, initial weights kept), "random" (a
+    mask of equal layer densities and fresh weights), "small-dense" (`make_small(survivors)`, a dense network of about as
+    many weights). `config` is kept in config.json, `recipe` in every ticket. Finished networks are kept in `out`: the same search on the same folder goes on after them, to the same
+    bits on the same machine and thread count; several processes may share one folder.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        *,
+        rounds: int,
+        fractions: prune.Fraction = 0.2,
+        scope: str = "layerwise",
+        rewind_to: int = 0,
+        controls: Sequence[str] = ("reinit", "shuffle"),
+        trials: int = 1,
+        seed: int = 0,
+        out: str | Path,
+        init: str | Callable[[nn.Module, int], Any] | None = None,
+        make_small: Callable[[int], nn.Module] | None = None,
+        reinits: int = 1,
+        sparse: bool = False,
+        checkpoint_seconds: float = 30.0,
+        config: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("rounds", rounds, 0),
+            ("rewind_to", rewind_to, 0),
+            ("trials", trials, 1),
+            ("reinits", reinits, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                fail(f"{name} to be an int", type(value).__name__, kind=InitPerfTypeError)
+            check(value >= least, f"{name} to be at least {least}", value)
+        check(scope in ("layerwise", "global"), 'scope "layerwise" or "global"', repr(scope))
+        for kind in controls:
+            check(kind in KINDS[1:], f"controls of {', '.join(KINDS[1:])}", repr(kind))
+        check("small-dense" not in controls or make_small is not None, 'make_small for the control "small-dense"', None)
+        self.make_model, self.make_small, self.init = make_model, make_small, init
+        self.rounds, self.scope, self.rewind_to, self.trials = rounds, scope, rewind_to, trials
+        self.seed, self.reinits, self.sparse = check_seed(seed), reinits, sparse
+        self.controls = tuple(sorted(set(controls), key=KINDS.index))
+        self.checkpoint_seconds = checkpoint_seconds
+        self.fractions = self._check_model(fractions)
+        self.config, self.recipe = dict(config or {}), dict(recipe or {})
+        self.folder = RunFolder(out)
+        self.folder.claim_config(self._config())
+
+    def networks(self) -> list[Network]:
+        """Everything to train, in order."""
+        found = []
+        for trial in range(self.trials):
+            found.append(Network(trial, 0, "ticket"))
+            for level in range(1, self.rounds + 1):
+                found.append(Network(trial, level, "ticket"))
+                for kind in self.controls:
+                    repeats = self.reinits if kind == "reinit" else 1
+                    found += [Network(trial, level, kind, repeat) for repeat in range(repeats)]
+        return found
+
+    @property
+    def done(self) -> int:
+        """Networks finished so far, by this process or another."""
+        return sum(self.folder.record(n) is not None for n in self.networks())
+
+    def __iter__(self) -> Iterator[Run]:
+        while (claim := self._claim()) is not None:
+            network, lock = claim
+            try:
+                calls = Counter(ops.CALLS)
+                run = self._prepare(network)
+                yield run
+                self._finish(run, calls)
+            finally:
+                lock.release()
+        self.folder.write_tables(self.networks())
+        for network in self.networks():  # nothing is missing any more, so nobody waits for these
+            self.folder.lock(network).path.unlink(missing_ok=True)
+
+    def _claim(self) -> tuple[Network, FileLock] | None:
+        """A network that is neither finished nor in another's hands, whose mask is known, and its lock; waits while others work."""
+        while missing := [n for n in self.networks() if self.folder.record(n) is None]:
+            for network in missing:
+                if network.level and self.folder.record(Network(network.trial, network.level - 1, "ticket")) is None:
+                    continue
+                lock = self.folder.lock(network)
+                if lock.acquire(wait=False):
+                    if self.folder.record(network) is None:
+                        return network, lock
+                    lock.release()
+            time.sleep(POLL_SECONDS)
+        return None
+
+    def _prepare(self, network: Network) -> Run:
+        """Initialize, rewind and mask the model of `network`."""
+        trial, level, kind, repeat = network
+        masks = Ticket.load(self.folder.ticket(trial, level)).masks if level else {}
+        first = derive_seed(self.seed, trial, "init")
+        fresh = derive_seed(self.seed, trial, level, kind, repeat)
+        if kind == "small-dense":
+            run = self._small(network, masks, fresh)
+        else:
+            if kind in ("shuffle", "random"):
+                masks = prune.shuffle(masks, fresh)
+            keeps = kind in ("ticket", "shuffle")
+            model = self._at_start(trial, level)[0] if keeps else self._fresh(self.make_model, fresh)[0]
+            if kind == "sign-reinit":
+                _take_signs(model, self._at_start(trial, level)[0], masks)
+            if masks:
+                sparsify(model, masks, sparse=self.sparse)
+            run = self._run(network, model, masks, prune.density(masks) if masks else 1.0, first if keeps else fresh)
+        torch.manual_seed(derive_seed(self.seed, trial, level, "global"))  # dropout and the like
+        return run
+
+    def _small(self, network: Network, masks: dict[str, Tensor], seed: int) -> Run:
+        make, survivors = self.make_small, sum(int(m.sum()) for m in masks.values())
+        check(make is not None, 'make_small for the control "small-dense"', None)
+        model, _ = self._fresh(lambda: make(survivors), seed)  # type: ignore[misc]
+        weights = sum(w.numel() for w in prunable(model).values())
+        return self._run(network, model, {}, weights / sum(m.numel() for m in masks.values()), seed)
+
+    def _run(self, network: Network, model: nn.Module, masks: dict[str, Tensor], density: float, seed: int) -> Run:
+        rewound = network.level > 0 and network.kind in ("ticket", "shuffle")
+        keeps_point = network.level == 0 and self.rewind_to > 0
+        return Run(
+            network,
+            model,
+            masks,
+            density=density,
+            seed=seed,
+            data_seed=derive_seed(self.seed, network.trial, network.level, "data"),
+            start=self.rewind_to if rewound else 0,
+            checkpoint=self.folder.checkpoint(network),
+            checkpoint_seconds=self.checkpoint_seconds,
+            rewind_point=(self.rewind_to, self.folder.rewind_point(network.trial)) if keeps_point else None,
+        )
+
+    def _fresh(self, make: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Init] | None]:
+        """A model of `make` initialized from `seed`, and how, where initialize told."""
+        torch.manual_seed(seed)
+        model = make()
+        check(isinstance(model, nn.Module), "make_model() to return a torch.nn.Module", type(model).__name__)
+        if callable(self.init):
+            self.init(model, seed)
+            return model, None
+        return model, initialize(model, self.init, seed=seed)
+
+    def _at_start(self, trial: int, level: int) -> tuple[nn.Module, dict[str, Init] | None]:
+        """The unpruned model as the tickets of this level start: initialized, or rewound to iteration `rewind_to`."""
+        model, inits = self._fresh(self.make_model, derive_seed(self.seed, trial, "init"))
+        if not level or not self.rewind_to:
+            return model, inits
+        path = self.folder.rewind_point(trial)
+        check(path.exists(), f"run.step({self.rewind_to}) to be called while the dense network trains", "no such call")
+        model.load_state_dict(safetensors.load_file(path))
+        return model, None
+
+    def _finish(self, run: Run, calls: Counter[tuple[str, str]]) -> None:
+        """Prune for the next level, and keep the results."""
+        check(len(run.points) > 0, f"run.log(iteration, val_loss=...) to be called for {run}", "no call")
+        if run.kind == "ticket" and run.level == 0:
+            self._write_ticket(run.trial, 0, {})
+        if run.kind == "ticket" and run.level < self.rounds:
+            masks = prune.magnitude(prunable(run.model), self.fractions, masks=run.masks or None, scope=self.scope)
+            self._write_ticket(run.trial, run.level + 1, {n: m.cpu() for n, m in masks.items()})
+        used: dict[str, dict[str, int]] = {}
+        for (op, backend), count in (Counter(ops.CALLS) - calls).items():
+            used.setdefault(op, {})[backend] = count
+        self.folder.finish(run.network, {"row": self._row(run), "points": run.points, "ops": used}, self.networks())
+        run.done = True
+
+    def _write_ticket(self, trial: int, level: int, masks: dict[str, Tensor]) -> None:
+        model, inits = self._at_start(trial, level)
+        seed = derive_seed(self.seed, trial, "init") if inits else None
+        ticket = Ticket.from_model(model, masks=masks, seed=seed, inits=inits, recipe=self._ticket_recipe(trial, level))
+        ticket.save(self.folder.ticket(trial, level))
+
+    def _ticket_recipe(self, trial: int, level: int) -> dict[str, Any]:
+        return {**self.recipe, "trial": trial, "level": level, "rewind_to": self.rewind_to}
+
+    def _row(self, run: Run) -> dict[str, Any]:
+        """What results.csv says of a network."""
+        best = min(run.points, key=lambda p: math.inf if math.isnan(p["val_loss"]) else p["val_loss"])
+        if run.level == 0:
+            goal = best["val_loss"]
+        else:
+            dense = self.folder.record(Network(run.trial, 0, "ticket"))
+            goal = dense["row"]["early_stop_val_loss"] if dense else math.nan
+        reached = (p["iteration"] for p in run.points if p["val_loss"] <= goal)
+        return {
+            "trial": run.trial,
+            "level": run.level,
+            "kind": run.kind,
+            "density": run.density,
+            "iterations": run.points[-1]["iteration"],
+            "early_stop_iteration": best["iteration"],
+            "early_stop_val_loss": best["val_loss"],
+            "early_stop_test_accuracy": best["test_accuracy"],
+            "final_test_accuracy": run.points[-1]["test_accuracy"],
+            "iterations_to_dense_best": next(reached, None),
+            "seed": run.seed,
+            "train_seconds": round(run.seconds, 3),
+        }
+
+    def dense_and_masked(self, trial: int, level: int) -> tuple[nn.Module, nn.Module, float]:
+        """For timing: the network of a finished level as a dense and as a masked model (level 0: nothing pruned), and its density."""
+        masks = Ticket.load(self.folder.ticket(trial, level)).masks
+        dense, masked = (self._at_start(trial, level)[0] for _ in range(2))
+        full = {n: torch.ones_like(w, dtype=torch.bool) for n, w in prunable(masked).items()}
+        return dense, sparsify(masked, masks or full, sparse=self.sparse), prune.density(masks or full)
+
+    def _check_model(self, fractions: prune.Fraction) -> dict[str, float]:
+        """The fractions by glob; raises unless `make_model` makes a model with weights that they name, and `init` fits it."""
+        with torch.random.fork_rng(devices=[]):
+            model, _ = self._fresh(self.make_model, 0)
+        names = list(prunable(model))
+        check(len(names) > 0, "a model with linear or convolution layers", type(model).__name__)
+        prune.fractions_by_name(names, fractions)
+        return dict(fractions) if isinstance(fractions, Mapping) else {"*": fractions}
+
+    def _config(self) -> dict[str, Any]:
+        """What must be equal for the same results."""
+        init = (
+            self.init
+            if isinstance(self.init, str) or self.init is None
+            else getattr(self.init, "__qualname__", "callable")
+        )
+        return {
+            **self.config,
+            "rounds": self.rounds,
+            "fractions": self.fractions,
+            "scope": self.scope,
+            "rewind_to": self.rewind_to,
+            "controls": list(self.controls),
+            "reinits": self.reinits,
+            "trials": self.trials,
+            "seed": self.seed,
+            "init": init,
+            "sparse": self.sparse,
+            "threads": torch.get_num_threads(),
+            "rng_version": rng.VERSION,
+            "versions": {"initperf": __version__, "torch": torch.__version__},
+        }
+
+
+def prunable(model: nn.Module) -> dict[str, Tensor]:
+    """canonical name -> weight of every linear and convolution layer."""
+    weights = {id(m.weight) for m in model.modules() if isinstance(m, PRUNABLE)}
+    return {name: p.detach() for name, p in named_parameters(model).items() if id(p) in weights}
+
+
+def _take_signs(model: nn.Module, signs: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Give the masked weights of `model` the signs of those of `signs`."""
+    other = named_parameters(signs)
+    with torch.no_grad():
+        for name, parameter in named_parameters(model).items():
+            if name in masks:
+                parameter.copysign_(other[name].to(parameter.device))

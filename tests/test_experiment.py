@@ -1,0 +1,221 @@
+"""The built-in LeNet experiment: recipes as published, a whole run folder, the same bits however it is run."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from initperf.checks import InitPerfError
+from initperf.experiments import lenet, recipes
+from initperf.experiments.lenet import run_ticket
+from initperf.experiments.recipes import RECIPES, mlp, small_mlp
+from initperf.results import read_run
+
+PAPER_PERCENTS = [
+    80.0,
+    64.1,
+    51.3,
+    41.1,
+    32.9,
+    26.3,
+    21.1,
+    16.9,
+    13.5,
+    10.8,
+    8.7,
+    7.0,
+    5.6,
+    4.5,
+    3.6,
+    2.9,
+    2.3,
+    1.8,
+    1.5,
+    1.2,
+]
+TINY = {"rounds": 2, "iterations": 8, "trials": 2}
+
+
+def rows(folder, table="results.csv"):
+    with open(folder / table, newline="") as file:
+        return [{k: v for k, v in row.items() if k != "train_seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    events = []
+    folder = run_ticket(out=tmp_path_factory.mktemp("runs") / "digits", **TINY, workers=1, progress=events.append)
+    return folder, events
+
+
+def test_the_paper_recipe_has_the_papers_numbers():
+    r = RECIPES["lenet-paper"]
+    assert (r.init, r.optimizer, r.lr, r.batch, r.iterations) == ("xavier_normal", "adam", 1.2e-3, 60, 50_000)
+    assert r.fractions == {"fc1.weight": 0.2, "fc2.weight": 0.2, "fc3.weight": 0.1}
+    assert (r.scope, r.evaluate_every, r.trials, r.reinits) == ("layerwise", 100, 5, 3)
+    model = mlp(784, r.hidden, 10)
+    assert sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight")) == 266_200
+    survivors, percents = {"fc1.weight": 784 * 300, "fc2.weight": 30_000, "fc3.weight": 1000}, []
+    for _ in range(r.rounds):
+        survivors = {n: s - round(r.fractions[n] * s) for n, s in survivors.items()}
+        percents.append(100 * sum(survivors.values()) / 266_200)
+    assert percents == pytest.approx(PAPER_PERCENTS, abs=0.06)
+
+
+def test_the_open_lth_recipe_differs_where_it_does():
+    r = RECIPES["lenet-open-lth"]
+    assert (r.init, r.optimizer, r.lr, r.batch, r.scope) == ("kaiming_normal", "sgd", 0.1, 128, "global")
+    assert r.fractions == {"*.weight": 0.2, "fc3.weight": 0.0}
+    assert r.iterations == 40 * (55_000 // 128)
+
+
+def test_less_of_a_recipe_is_labelled_reduced_and_more_is_not():
+    r = RECIPES["lenet-paper"]
+    assert r.budget is None
+    assert r.changed(iterations=1000).reduced == {"iterations": "1,000 of 50,000"}
+    assert r.changed(trials=1).budget == "reduced budget"
+    assert r.changed(iterations=60_000, lr=None).budget is None
+    assert RECIPES["digits"].changed("quick").iterations <= 1000
+    assert RECIPES["digits"].changed().budget is None
+    with pytest.raises(InitPerfError, match="quick, medium, paper"):
+        r.changed("huge")
+
+
+def test_small_dense_is_the_widest_that_fits():
+    for weights in (266_200, 56_100, 9_600, 100):
+        model = small_mlp(784, (300, 100), 10, weights)
+        used = sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight"))
+        assert used <= max(weights, 784 + 1 + 10)
+        assert used > 0.9 * weights or weights < 1000
+
+
+def test_a_run_folder_is_whole_and_reads_back(finished):
+    folder, _ = finished
+    run = read_run(folder)
+    assert len(run.rows) == 2 * (1 + 2 * 3)
+    assert run.kinds == ["ticket", "reinit", "shuffle"]
+    assert [s.level for s in run.steps] == [0, 1, 2]
+    assert all(s.dense_ms > 0 and s.masked_ms > 0 for s in run.steps)
+    assert [round(s.density, 3) for s in run.steps] == [1.0, 0.355, 0.127]
+    assert sorted(p.name for p in (folder / "tickets").iterdir()) == [
+        f"trial{t}-level{i}.safetensors" for t in (0, 1) for i in range(3)
+    ]
+    assert all(0 <= row.final_test_accuracy <= 1 for row in run.rows)
+    assert [p.name for p in folder.rglob("*.lock")] == ["tables.lock"]
+
+
+def test_config_tells_everything_that_determines_the_run(finished):
+    config = json.loads((finished[0] / "config.json").read_text())
+    expected = {"recipe": "digits", "iterations": 8, "rounds": 2, "trials": 2, "seed": 0, "budget": "reduced budget"}
+    assert expected.items() <= config.items()
+    assert config["threads"] == 1
+    assert "CC BY 4.0" in config["attribution"]
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_every_op_ran_on_a_compiled_kernel(finished):
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    assert {"sample_", "kth_smallest", "cut"} <= summary["ops"].keys()
+    assert any("masked" in op for op in summary["ops"])
+    assert all(list(backends) == ["numba"] for backends in summary["ops"].values())
+
+
+def test_sizes_are_those_of_the_files(finished):
+    folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["ticket_bytes"]["2"] == (folder / "tickets" / "trial0-level2.safetensors").stat().st_size
+    assert summary["dense_checkpoint_bytes"]["2"] > 25 * summary["ticket_bytes"]["2"]
+
+
+def test_progress_counts_every_network_once(finished):
+    _, events = finished
+    kinds = [e["event"] for e in events]
+    assert (kinds[0], kinds[-1]) == ("start", "end")
+    done = [e["done"] for e in events if e["event"] == "network"]
+    assert done == list(range(1, 15))
+    assert kinds.index("measure") > max(i for i, k in enumerate(kinds) if k == "network")
+    assert all(
+        {"trial", "level", "kind", "density", "iteration", "iterations"} <= e.keys()
+        for e in events
+        if e["event"] == "step"
+    )
+
+
+def test_a_finished_run_is_left_as_it_is(finished):
+    folder, _ = finished
+    before = (folder / "results.csv").read_bytes(), (folder / "steps.csv").read_bytes()
+    events = []
+    run_ticket(out=folder, **TINY, progress=events.append)
+    assert ((folder / "results.csv").read_bytes(), (folder / "steps.csv").read_bytes()) == before
+    assert [e["event"] for e in events] == ["start", "end"]
+    assert events[0]["done"] == 14
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(finished, tmp_path):
+    def interrupt(event):
+        if event["event"] == "network" and event["done"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_ticket(out=tmp_path / "run", **TINY, workers=1, progress=interrupt)
+    assert 4 <= len(rows(tmp_path / "run")) < 14
+    run_ticket(out=tmp_path / "run", **TINY, workers=1)
+    for table in ("results.csv", "curves.csv"):
+        assert rows(tmp_path / "run", table) == rows(finished[0], table)
+
+
+def test_worker_processes_do_not_change_the_results(finished, tmp_path):
+    run_ticket(out=tmp_path / "run", **TINY, workers=3)
+    for table in ("results.csv", "curves.csv"):
+        assert rows(tmp_path / "run", table) == rows(finished[0], table)
+    assert sorted(json.loads((tmp_path / "run" / "summary.json").read_text())["ops"]["sample_"]) == ["numba"]
+
+
+def test_the_callers_thread_count_is_given_back(finished, tmp_path):
+    before = torch.get_num_threads()
+    with pytest.raises(InitPerfError):
+        run_ticket("mnist", tmp_path / "nowhere", tmp_path / "run")
+    run_ticket(out=finished[0], **TINY)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": "imagenet"}, "digits, mnist"),
+        ({"recipe": "lenet"}, "lenet-paper"),
+        ({"recipe": "lenet-paper"}, "which is for mnist"),
+        ({"data": "mnist"}, "--data-dir"),
+        ({"controls": ["nothing"]}, "controls"),
+    ],
+)
+def test_wrong_arguments_write_nothing(tmp_path, given, message):
+    with pytest.raises(InitPerfError, match=message):
+        run_ticket(out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_and_evaluation_visit_what_they_should():
+    from initperf.experiments.data import digits
+    from initperf.experiments.training import evaluate
+
+    split = digits().val
+    model = mlp(64, (20,), 10)
+    loss, accuracy = evaluate(model, split)
+    scores = model(split.x).detach()
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(scores, split.y)), rel=1e-5)
+    assert accuracy == float((scores.argmax(1) == split.y).double().mean())
+    assert model.training
+
+
+def test_mnist_defaults_to_the_paper_recipe_at_a_reduced_budget():
+    name, budget = recipes.DEFAULT["mnist"]
+    chosen = RECIPES[name].changed(budget)
+    assert name == "lenet-paper"
+    assert (chosen.iterations, chosen.rounds, chosen.budget) == (1000, 12, "reduced budget")
+
+
+def test_workers_are_started_only_where_they_pay():
+    assert lenet._default_workers(100) == 1
+    assert lenet._default_workers(10**6) >= 1

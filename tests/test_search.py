@@ -1,0 +1,436 @@
+"""TicketSearch: exact pruning, survivors at their initial bits, honest controls, and the same end however often interrupted."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tolerance import bits
+from torch import nn
+from torch.nn import functional as F
+
+from initperf.checks import InitPerfError
+from initperf.experiments.recipes import mlp
+from initperf.search import TicketSearch
+from initperf.ticket import Ticket
+
+FRACTIONS = {"*.weight": 0.5, "fc2.weight": 0.25}
+X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] > 0).long() + 2 * (X[:, 1] > 0).long()
+ITERATIONS = 12
+
+
+def make_model():
+    return mlp(12, (16,), 4)
+
+
+def make_small(weights):
+    return mlp(12, (max(1, weights // 16),), 4)
+
+
+def search(out, **given):
+    defaults = {"rounds": 2, "fractions": FRACTIONS, "trials": 2, "seed": 3, "init": "xavier_normal"}
+    return TicketSearch(make_model, out=out, **{**defaults, **given})
+
+
+def train(run, iterations=ITERATIONS, interrupt_at=None):
+    """A plain training loop, as a user writes it."""
+    optimizer = torch.optim.Adam(run.model.parameters(), lr=1e-2)
+    for iteration in range(run.restore(optimizer=optimizer) + 1, iterations + 1):
+        chosen = torch.randint(64, (16,), generator=run.generator)
+        optimizer.zero_grad()
+        F.cross_entropy(run.model(X[chosen]), Y[chosen]).backward()
+        optimizer.step()
+        if iteration % 4 == 0:
+            with torch.no_grad():
+                scores = run.model(X)
+                accuracy = float((scores.argmax(1) == Y).float().mean())
+                run.log(iteration, val_loss=F.cross_entropy(scores, Y), test_accuracy=accuracy)
+        run.step(iteration)
+        if iteration == interrupt_at:
+            raise KeyboardInterrupt
+
+
+def interrupted(networks, stop):
+    """Train, and be interrupted at iteration 7 of network number `stop`."""
+    try:
+        for i, run in enumerate(networks):
+            train(run, interrupt_at=7 if i == stop else None)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("not interrupted")
+
+
+def train_all(networks, **log):
+    for run in networks:
+        run.log(1, **log)
+
+
+def rows(folder, table="results.csv"):
+    with open(folder / table, newline="") as file:
+        return [{k: v for k, v in row.items() if k != "train_seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run with every control, and what each network started with."""
+    folder = tmp_path_factory.mktemp("run")
+    seen = []
+    controls = ("reinit", "sign-reinit", "shuffle", "random", "small-dense")
+    for run in search(folder, controls=controls, make_small=make_small):
+        weights = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        seen.append((run, weights))
+        train(run)
+    return folder, seen
+
+
+def started(finished, trial, level, kind):
+    return next(s for s in finished[1] if (s[0].trial, s[0].level, s[0].kind) == (trial, level, kind))
+
+
+def test_every_level_prunes_exactly_the_fraction_of_its_survivors(finished):
+    expected = {"fc1.weight": [192, 96, 48], "fc2.weight": [64, 48, 36]}
+    for trial in (0, 1):
+        for level in (1, 2):
+            run, _ = started(finished, trial, level, "ticket")
+            assert {n: int(m.sum()) for n, m in run.masks.items()} == {n: c[level] for n, c in expected.items()}
+            assert run.density == sum(c[level] for c in expected.values()) / 256
+
+
+def test_survivors_start_at_their_initial_bits_in_every_level_and_nothing_pruned_returns(finished):
+    for trial in (0, 1):
+        _, first = started(finished, trial, 0, "ticket")
+        old = None
+        for level in (1, 2):
+            run, weights = started(finished, trial, level, "ticket")
+            for name, mask in run.masks.items():
+                assert torch.equal(bits(weights[name]), bits(first[name].masked_fill(~mask, 0)))
+                assert old is None or not (mask & ~old[name]).any()
+            assert torch.equal(bits(weights["fc1.bias"]), bits(first["fc1.bias"]))
+            old = run.masks
+
+
+def test_pruned_weights_stay_zero_through_training(finished):
+    for run, _ in finished[1]:
+        for name, mask in run.masks.items():
+            assert (run.model.get_parameter(name)[~mask] == 0).all()
+            assert (run.model.get_parameter(name)[mask] != 0).any()
+
+
+def test_reinit_keeps_the_mask_and_draws_other_weights(finished):
+    ticket, initial = started(finished, 0, 1, "ticket")
+    control, fresh = started(finished, 0, 1, "reinit")
+    for name, mask in ticket.masks.items():
+        assert torch.equal(control.masks[name], mask)
+        assert not (fresh[name][mask] == initial[name][mask]).any()
+    other = started(finished, 0, 2, "reinit")[1]
+    assert not torch.equal(other["fc1.weight"], fresh["fc1.weight"])
+
+
+def test_sign_reinit_keeps_the_initial_signs_only(finished):
+    ticket, initial = started(finished, 0, 1, "ticket")
+    _, fresh = started(finished, 0, 1, "sign-reinit")
+    for name, mask in ticket.masks.items():
+        assert torch.equal(fresh[name][mask].sign(), initial[name][mask].sign())
+        assert not (fresh[name][mask] == initial[name][mask]).any()
+
+
+def test_shuffle_moves_the_mask_within_layers_and_keeps_the_initial_weights(finished):
+    ticket, _ = started(finished, 0, 1, "ticket")
+    control, weights = started(finished, 0, 1, "shuffle")
+    _, dense = started(finished, 0, 0, "ticket")
+    for name, mask in ticket.masks.items():
+        moved = control.masks[name]
+        assert int(moved.sum()) == int(mask.sum())
+        assert not torch.equal(moved, mask)
+        assert torch.equal(bits(weights[name]), bits(dense[name].masked_fill(~moved, 0)))
+
+
+def test_random_has_the_ticket_layer_densities_and_nothing_else(finished):
+    ticket, _ = started(finished, 0, 1, "ticket")
+    control, weights = started(finished, 0, 1, "random")
+    _, dense = started(finished, 0, 0, "ticket")
+    for name, mask in ticket.masks.items():
+        assert int(control.masks[name].sum()) == int(mask.sum())
+        both = mask & control.masks[name]
+        assert not (weights[name][both] == dense[name][both]).any()
+
+
+def test_small_dense_has_about_as_many_weights(finished):
+    control, weights = started(finished, 0, 1, "small-dense")
+    assert control.masks == {}
+    assert weights["fc1.weight"].shape == (9, 12)
+    assert control.density == 9 * 16 / 256
+
+
+def test_the_data_order_is_fresh_per_level_and_shared_by_the_kinds(finished):
+    by_level = {}
+    for run, _ in finished[1]:
+        by_level.setdefault((run.trial, run.level), set()).add(run.data_seed)
+    assert all(len(seeds) == 1 for seeds in by_level.values())
+    assert len(set.union(*by_level.values())) == len(by_level)
+
+
+def test_trials_have_seeds_of_their_own(finished):
+    assert not torch.equal(
+        started(finished, 0, 0, "ticket")[1]["fc1.weight"], started(finished, 1, 0, "ticket")[1]["fc1.weight"]
+    )
+
+
+def test_results_have_one_row_a_network_and_curves_every_log(finished):
+    folder, seen = finished
+    found = rows(folder)
+    assert [(int(r["trial"]), int(r["level"]), r["kind"]) for r in found] == [
+        (r.trial, r.level, r.kind) for r, _ in seen
+    ]
+    points = rows(folder, "curves.csv")
+    assert len(points) == 3 * len(seen)
+    for row in found:
+        mine = [p for p in points if all(p[k] == row[k] for k in ("trial", "level", "kind"))]
+        best = min(mine, key=lambda p: float(p["val_loss"]))
+        assert (row["early_stop_iteration"], row["early_stop_val_loss"]) == (best["iteration"], best["val_loss"])
+        assert (row["early_stop_test_accuracy"], row["final_test_accuracy"]) == (
+            best["test_accuracy"],
+            mine[-1]["test_accuracy"],
+        )
+        dense = next(r for r in found if r["trial"] == row["trial"] and r["level"] == "0")
+        reached = [p["iteration"] for p in mine if float(p["val_loss"]) <= float(dense["early_stop_val_loss"])]
+        assert row["iterations_to_dense_best"] == (reached[0] if reached else "")
+
+
+def test_tickets_on_disk_are_the_networks_that_trained(finished):
+    folder, _ = finished
+    for level in (0, 1, 2):
+        ticket = Ticket.load(folder / "tickets" / f"trial1-level{level}.safetensors")
+        model = ticket.apply(make_model())
+        _, weights = started(finished, 1, level, "ticket")
+        assert all(torch.equal(bits(p), bits(weights[n])) for n, p in model.named_parameters())
+        assert ticket.values == {}
+
+
+def test_the_reference_runs_no_op(finished):
+    folder, seen = finished
+    for run, _ in seen:
+        used = json.loads((folder / "networks" / f"{run.network.name}.json").read_text())["ops"]
+        assert all(list(backends) == ["numba"] for backends in used.values()), used
+        assert "sample_" in used
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        for run in search(tmp_path / name, trials=1, seed=seed):
+            train(run)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert rows(tmp_path / "a", "curves.csv") == rows(tmp_path / "b", "curves.csv")
+    assert rows(tmp_path / "a") != rows(tmp_path / "c")
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 6])
+def test_a_run_interrupted_anywhere_ends_in_the_same_bits(tmp_path, stop):
+    for run in search(tmp_path / "whole", trials=1):
+        train(run)
+    interrupted(search(tmp_path / "cut", trials=1, checkpoint_seconds=0), stop)
+    resumed = []
+    for run in search(tmp_path / "cut", trials=1, checkpoint_seconds=0):
+        resumed.append(run)
+        train(run)
+    assert len(resumed) == 7 - stop
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "cut", "curves.csv") == rows(tmp_path / "whole", "curves.csv")
+    assert not list((tmp_path / "cut").rglob("*.checkpoint"))
+
+
+def test_a_checkpoint_within_a_level_continues_after_its_iteration(tmp_path):
+    interrupted(search(tmp_path, checkpoint_seconds=0), 0)
+    for run in search(tmp_path):
+        optimizer = torch.optim.Adam(run.model.parameters(), lr=1e-2)
+        assert run.restore(optimizer=optimizer) == 7
+        assert [p["iteration"] for p in run.points] == [4]
+        assert len(optimizer.state) == 4
+        break
+
+
+def test_a_loop_left_with_break_repeats_that_network(tmp_path):
+    for run in search(tmp_path):
+        train(run)
+        break
+    first = next(iter(search(tmp_path)))
+    assert (first.trial, first.level) == (0, 0)
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_search import search, train
+print("ready", flush=True)
+for run in search(Path({out!r}), checkpoint_seconds=0, controls=("reinit", "shuffle")):
+    train(run, iterations=40)
+"""
+
+
+TESTS = os.path.dirname(__file__)
+
+
+def start(out):
+    program = PROGRAM.format(tests=TESTS, out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
+    assert start(tmp_path / "whole").wait(120) == 0
+    moments = random.Random(0)
+    for _ in range(3):
+        process = start(tmp_path / "killed")
+        time.sleep(moments.uniform(0.02, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    assert start(tmp_path / "killed").wait(120) == 0
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "killed", "curves.csv") == rows(tmp_path / "whole", "curves.csv")
+
+
+def test_two_processes_share_a_run(tmp_path):
+    assert start(tmp_path / "whole").wait(120) == 0
+    both = [start(tmp_path / "shared") for _ in range(2)]
+    assert [p.wait(120) for p in both] == [0, 0]
+    assert rows(tmp_path / "shared") == rows(tmp_path / "whole")
+
+
+def test_rewinding_to_iteration_k_gives_the_weights_of_that_iteration(tmp_path):
+    found = {}
+    for run in search(tmp_path, trials=1, rewind_to=5, controls=("reinit", "shuffle")):
+        assert run.start == (5 if run.level and run.kind != "reinit" else 0)
+        first = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+        if run.level == 0:
+            train(run, iterations=5)
+            found["k"] = {n: p.detach().clone() for n, p in run.model.named_parameters()}
+            optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+            F.cross_entropy(run.model(X), Y).backward()
+            optimizer.step()
+            run.log(6, val_loss=1.0)
+        else:
+            if run.kind != "reinit":
+                for name, parameter in first.items():
+                    expected = found["k"][name]
+                    if name in run.masks:
+                        expected = expected.masked_fill(~run.masks[name], 0)
+                    assert torch.equal(bits(parameter), bits(expected))
+            run.log(6, val_loss=1.0)
+    ticket = Ticket.load(tmp_path / "tickets" / "trial0-level2.safetensors")
+    assert ticket.seed is None
+    assert ticket.values["fc1.weight"].numel() == 48
+
+
+def test_rewinding_needs_step(tmp_path):
+    with pytest.raises(InitPerfError, match=r"run\.step\(5\)"):
+        train_all(search(tmp_path, rewind_to=5), val_loss=1.0)
+
+
+def test_a_model_with_its_own_initialization_stores_the_survivors(tmp_path):
+    def own(model, seed):
+        nn.init.orthogonal_(model.fc1.weight)
+
+    initial = []
+    for run in search(tmp_path, trials=1, rounds=1, controls=(), init=own):
+        initial.append(run.model.fc1.weight.detach().clone())
+        train(run)
+    mask = run.masks["fc1.weight"]
+    assert torch.equal(bits(initial[1]), bits(initial[0].masked_fill(~mask, 0)))
+    ticket = Ticket.load(tmp_path / "tickets" / "trial0-level1.safetensors")
+    assert torch.equal(bits(ticket.weights()["fc1.weight"]), bits(initial[1]))
+
+
+def test_global_scope_prunes_layers_unequally(tmp_path):
+    for run in search(tmp_path, trials=1, rounds=1, controls=(), fractions=0.5, scope="global"):
+        train(run)
+    counts = [int(m.sum()) for m in run.masks.values()]
+    assert sum(counts) == 128
+    assert counts != [96, 32]
+
+
+@pytest.mark.parametrize(
+    "change", [{"rounds": 3}, {"seed": 4}, {"fractions": 0.3}, {"controls": ()}, {"scope": "global"}]
+)
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path, change):
+    search(tmp_path)
+    search(tmp_path)
+    with pytest.raises(InitPerfError, match=f"{next(iter(change))} = .*another folder"):
+        search(tmp_path, **change)
+
+
+def test_trials_may_be_added_later(tmp_path):
+    for run in search(tmp_path, trials=1):
+        train(run)
+    before = rows(tmp_path)
+    assert search(tmp_path, trials=2).done == 7
+    for run in search(tmp_path, trials=2):
+        assert run.trial == 1
+        train(run)
+    assert rows(tmp_path)[:7] == before
+    assert len(rows(tmp_path)) == 14
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rounds": -1}, "rounds"),
+        ({"rounds": 1.5}, "rounds to be an int"),
+        ({"trials": 0}, "trials"),
+        ({"scope": "layers"}, "scope"),
+        ({"controls": ("reset",)}, "controls"),
+        ({"controls": ("small-dense",)}, "make_small"),
+        ({"fractions": {"conv*": 0.2}}, "to match one of fc1.weight, fc2.weight"),
+        ({"fractions": {"*.weight": 2}}, "at most 1"),
+        ({"seed": -1}, "seed"),
+        ({"init": "kaming"}, "kaming"),
+    ],
+)
+def test_wrong_arguments_leave_no_folder(tmp_path, given, message):
+    with pytest.raises(InitPerfError, match=message):
+        search(tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_prunable_layers_is_refused(tmp_path):
+    with pytest.raises(InitPerfError, match="linear or convolution"):
+        TicketSearch(lambda: nn.LayerNorm(3), rounds=1, out=tmp_path / "run")
+
+
+def test_an_output_folder_that_cannot_be_written_is_named_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InitPerfError, match="can be written"):
+        search(tmp_path / "file" / "run")
+
+
+def test_logs_are_checked(tmp_path):
+    for run in search(tmp_path):
+        run.log(4, val_loss=1.0)
+        with pytest.raises(InitPerfError, match="growing"):
+            run.log(4, val_loss=1.0)
+        break
+    with pytest.raises(InitPerfError, match=r"run\.log"):
+        for _ in search(tmp_path):
+            pass
+
+
+def test_a_diverged_network_is_named_and_its_level_not_kept(tmp_path):
+    networks = iter(search(tmp_path))
+    run = next(networks)
+    run.log(1, val_loss=float("nan"))
+    with torch.no_grad():
+        run.model.fc1.weight[0, 0] = float("nan")
+    with pytest.raises(InitPerfError, match="NaN"):
+        next(networks)
+    assert search(tmp_path).done == 0
