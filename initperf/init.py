@@ -1,0 +1,44 @@
+"""torch.nn.init, faster and the same bits everywhere: `from initperf import init` instead of `from torch.nn import init`.
+
+What samples comes from initperf.sampling; what does not is torch's own object. Beyond torch's names: sample_into.
+"""
+
+# ruff: noqa: F401 -- re-exports; __all__ starts from torch's own list
+
+from torch.nn import init as _torch_init
+from torch.nn.init import (
+    _calculate_correct_fan,
+    _calculate_fan_in_and_fan_out,
+    calculate_gain,
+    constant,
+    constant_,
+    dirac,
+    dirac_,
+    eye,
+    eye_,
+    ones_,
+    zeros_,
+)
+
+from initperf.sampling import (
+    kaiming_normal,
+    kaiming_normal_,
+    kaiming_uniform,
+    kaiming_uniform_,
+    normal,
+    normal_,
+    orthogonal,
+    orthogonal_,
+    sample_into,
+    sparse,
+    sparse_,
+    trunc_normal_,
+    uniform,
+    uniform_,
+    xavier_normal,
+    xavier_normal_,
+    xavier_uniform,
+    xavier_uniform_,
+)
+
+__all__ = [*_torch_init.__all__, "sample_into"]
