@@ -13,7 +13,7 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
 from .jit import CACHE_DIR
 
@@ -23,6 +23,7 @@ PLAIN, SHIFTED, MASKED = range(3)  # modes, see lane_sums
 SHIFT, SCALE, COUNT, ZEROS, LOW, HIGH, S1, S2, S3, S4 = range(10)  # rows of `sums`
 ROWS = 10
 
+intrinsic: Any = _intrinsic  # its annotations know nothing of the typing context
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
 _KEEP_IN_CACHE = 3
@@ -73,7 +74,7 @@ class _Loop:
             live = b.icmp_unsigned("<", ir.Constant(_vector(_I64), list(range(LANES))), self.splat(lanes))
         shift, scale = self.get_row(sums, SHIFT), self.get_row(sums, SCALE)
         powers = (S1, S2, S3, S4)[: self.order]
-        start = {row: self.get_row(sums, row) for row in powers}
+        start: dict[Any, Any] = {row: self.get_row(sums, row) for row in powers}
         for row in (LOW, HIGH):
             bound = self.get_row(sums, row)
             start[row] = bound if same_width else b.fptrunc(bound, _vector(_FLOAT))
@@ -83,7 +84,7 @@ class _Loop:
         entry, head, body, done = b.block, *(b.append_basic_block(name) for name in ("head", "body", "done"))
         b.branch(head)
         b.position_at_end(head)
-        state = {}
+        state: dict[Any, Any] = {}
         for key, value in {"step": ir.Constant(_I64, 0), "address": address, **start}.items():
             state[key] = b.phi(value.type)
             state[key].add_incoming(value, entry)

@@ -1,0 +1,263 @@
+"""Figure 7.4 of Prince, Understanding Deep Learning (after He et al. 2015): how variance grows or fades with depth.
+
+A fully connected net without biases, f_1 = W_1 x, f_k = W_k a(f_(k-1)), y = w a(f_depth), loss sum of y^2 over the batch
+(target 0), x standard normal, everything in float64. With W_k of variance s2 and ReLU, var f_1 = inputs s2 and every later
+layer multiplies by width s2 / 2; backward, dl/df_(k-1) = a'(f_(k-1)) W_k^T dl/df_k multiplies by the same (equation 7.13).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from initperf import init as initializers
+from initperf import rng
+from initperf.checks import check, check_seed
+from initperf.files import make_folder, write_atomically
+from initperf.stats import moments
+
+from .masked_weights import kept_share, prune_weights
+
+VARIANCES = (0.001, 0.01, 0.02, 0.1, 1.0)
+LEAK = 0.01
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "leaky_relu": partial(functional.leaky_relu, negative_slope=LEAK),
+    "tanh": torch.tanh,
+    "gelu": functional.gelu,
+    "selu": functional.selu,
+    "linear": lambda x: x,
+}
+# name: (variance of a weight from fan-in, fan-out, gain; what fills it)
+SCHEMES: dict[str, tuple[Callable[[int, int, float], float], Callable[..., Any]]] = {
+    "default": (lambda i, o, g: 1 / (3 * i), lambda w, g, **k: initializers.kaiming_uniform_(w, a=math.sqrt(5), **k)),
+    "kaiming_normal": (lambda i, o, g: g * g / i, lambda w, g, **k: _normal(w, g / math.sqrt(w.shape[1]), **k)),
+    "kaiming_uniform": (lambda i, o, g: g * g / i, lambda w, g, **k: _uniform(w, g * math.sqrt(3 / w.shape[1]), **k)),
+    "xavier_normal": (lambda i, o, g: g * g * 2 / (i + o), lambda w, g, **k: initializers.xavier_normal_(w, g, **k)),
+    "xavier_uniform": (lambda i, o, g: g * g * 2 / (i + o), lambda w, g, **k: initializers.xavier_uniform_(w, g, **k)),
+    "lecun_normal": (lambda i, o, g: 1 / i, lambda w, g, **k: _normal(w, 1 / math.sqrt(w.shape[1]), **k)),
+}
+LABELS = {"default": "PyTorch's default"}
+
+
+def _normal(w: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    return initializers.normal_(w, 0.0, std, generator=generator)
+
+
+def _uniform(w: Tensor, bound: float, generator: torch.Generator) -> Tensor:
+    return initializers.uniform_(w, -bound, bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One initialization: `forward` and `backward` have a row a seed and a column a layer; the expected ones a value a layer."""
+
+    label: str
+    forward: Tensor
+    backward: Tensor
+    forward_expected: list[float]
+    backward_expected: list[float]
+
+    def factors(self) -> tuple[float, float]:
+        """The mean factor from a layer to the next, over seeds and layers: forward, and backward (towards the input)."""
+        ahead = self.forward[:, 1:] / self.forward[:, :-1]
+        back = self.backward[:, :-1] / self.backward[:, 1:]
+        return float(ahead.mean()), float(back.mean())
+
+
+@dataclass(frozen=True)
+class VarianceResult:
+    """What `run_variance` measured; `config` holds its arguments."""
+
+    lines: list[Line]
+    config: dict[str, Any]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row an initialization and layer: mean over the seeds, least, greatest, and the analytic value, both ways."""
+        rows = []
+        for line in self.lines:
+            for k in range(line.forward.shape[1]):
+                row: dict[str, Any] = {"init": line.label, "layer": k + 1}
+                for name in ("forward", "backward"):
+                    seen = getattr(line, name)[:, k]
+                    row[name] = float(seen.mean())
+                    row[f"{name}_min"], row[f"{name}_max"] = float(seen.min()), float(seen.max())
+                    row[f"{name}_expected"] = getattr(line, f"{name}_expected")[k]
+                rows.append(row)
+        return rows
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row an initialization: the factor by which a layer multiplies the variance, measured and analytic, both ways."""
+        rows = []
+        for line in self.lines:
+            ahead, back = line.factors()
+            wanted_ahead, wanted_back = line.forward_expected, line.backward_expected
+            steps = len(wanted_ahead) - 1
+            rows.append(
+                {
+                    "init": line.label,
+                    "forward_factor": ahead,
+                    "forward_factor_expected": (wanted_ahead[-1] / wanted_ahead[0]) ** (1 / steps),
+                    "backward_factor": back,
+                    "backward_factor_expected": (wanted_back[0] / wanted_back[-1]) ** (1 / steps),
+                }
+            )
+        return rows
+
+    def save(self, out: str | Path) -> tuple[Path, Path]:
+        """Write variance.csv and variance.png to the folder `out`; each file is whole or absent."""
+        from .variance_figure import png
+
+        folder, rows, text = make_folder(out), self.table(), io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        picture = png(self)
+        return (
+            write_atomically(folder / "variance.csv", text.getvalue()),
+            write_atomically(folder / "variance.png", picture),
+        )
+
+
+def run_variance(
+    out: str | Path | None = None,
+    *,
+    depth: int = 50,
+    width: int = 100,
+    inputs: int = 100,
+    batch: int = 1000,
+    variances: Sequence[float] = VARIANCES,
+    init: str | Sequence[str] | None = "default",
+    activation: str = "relu",
+    density: float = 1.0,
+    mask: str = "random",
+    rescale: str | None = None,
+    seeds: int = 5,
+    seed: int = 0,
+) -> VarianceResult:
+    """Measure the variances of every layer for weights of each of `variances`, and for the named initializations.
+
+    depth: hidden layers of `width` units; `batch` inputs of `inputs` dimensions; the means are over `seeds` nets.
+    density, mask, rescale: prune every weight matrix first, see `prune_weights`. Writes variance.csv and variance.png
+    to `out`, unless it is None.
+    """
+    for name, value, least in (("depth", depth, 2), ("width", width, 1), ("inputs", inputs, 1), ("batch", batch, 2)):
+        check(isinstance(value, int) and value >= least, f"{name} to be an int of at least {least}", value)
+    check(isinstance(seeds, int) and seeds >= 1, "seeds, the number of nets, to be an int of at least 1", seeds)
+    check_seed(seed)
+    for s2 in variances:
+        check(0 < s2 < math.inf, "every variance to be above 0 and finite", s2)
+    names = [init] if isinstance(init, str) else list(init or ())
+    for name in names:
+        check(name in SCHEMES, f"init to be one of {', '.join(SCHEMES)}", repr(name))
+    check(activation in ACTIVATIONS, f"activation to be one of {', '.join(ACTIVATIONS)}", repr(activation))
+    check(bool(names or variances), "at least one variance or one init", "none")
+    kept = kept_share(density, mask, rescale)
+    if out is not None:
+        make_folder(out)
+
+    config = dict(depth=depth, width=width, inputs=inputs, batch=batch, activation=activation, density=density)
+    config |= dict(mask=mask, rescale=rescale, seeds=seeds, seed=seed)
+    shapes = [(width, inputs), *[(width, width)] * (depth - 1), (1, width)]
+    gain = 1 / math.sqrt(_gaussian_means(activation, 1.0)[0])
+    lines = []
+    choices: list[float | str] = [*variances, *names]
+    for chosen in choices:
+        if isinstance(chosen, str):
+            label = LABELS.get(chosen, chosen)
+            expected = [SCHEMES[chosen][0](i, o, gain) for o, i in shapes]
+        else:
+            label = f"{chosen:g} = 2 / {width}" if math.isclose(chosen, 2 / width) else f"{chosen:g}"
+            expected = [chosen] * len(shapes)
+        forward, backward = [], []
+        for net in range(seed, seed + seeds):
+            x = initializers.sample_into(
+                torch.empty(batch, inputs, dtype=torch.float64),
+                rng.normal(0, 1),
+                seed=net,
+                stream=rng.stream_of("input"),
+            )
+            weights = [_weight(chosen, shape, k, net, gain) for k, shape in enumerate(shapes)]
+            if density < 1:
+                weights = prune_weights(
+                    weights, density, mask, rescale, seed=net, x=x, activation=ACTIVATIONS[activation]
+                )
+            ahead, back = layer_variances(weights, x, activation)
+            forward.append(ahead)
+            backward.append(back)
+        predicted = expected_variances([v * kept for v in expected], shapes, activation)
+        lines.append(Line(label, torch.stack(forward), torch.stack(backward), *predicted))
+    result = VarianceResult(lines, config)
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def layer_variances(weights: Sequence[Tensor], x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Variance over the batch and units of the pre-activations f_k, and of dl/df_k, for every hidden layer."""
+    layers, a = [], x
+    with torch.enable_grad():
+        for k, weight in enumerate(weights):
+            f = functional.linear(a, weight).requires_grad_()
+            layers.append(f)
+            a = ACTIVATIONS[activation](f) if k + 1 < len(weights) else f
+        hidden = layers[:-1]
+        gradients = torch.autograd.grad(a.square().sum(), hidden)
+    return moments(hidden, order=2).var, moments(gradients, order=2).var
+
+
+def expected_variances(
+    variances: Sequence[float], shapes: Sequence[tuple[int, int]], activation: str
+) -> tuple[list[float], list[float]]:
+    """The analytic variances of f_k and dl/df_k for wide layers whose weights have `variances`.
+
+    Forward, var f_k = fan-in s2_k E[a(f_(k-1))^2]; backward, var dl/df_k = fan-out s2_(k+1) E[a'(f_k)^2] var dl/df_(k+1),
+    from dl/dy = 2 y. The expectations are over a normal f: for ReLU var f / 2 and 1 / 2.
+    """
+    forward, slopes, square = [], [], 1.0
+    for s2, (_, fan_in) in zip(variances, shapes, strict=True):
+        forward.append(fan_in * s2 * square)
+        square, slope = _gaussian_means(activation, forward[-1])
+        slopes.append(slope)
+    back, backward = 4 * forward[-1], []
+    for k in range(len(shapes) - 1, 0, -1):
+        back *= shapes[k][0] * variances[k] * slopes[k - 1]
+        backward.append(back)
+    return forward[:-1], backward[::-1]
+
+
+@cache
+def _gaussian_means(activation: str, variance: float) -> tuple[float, float]:
+    """E[a(z)^2] and E[a'(z)^2] for normal z of `variance`, by the trapezoidal rule with a node at the kink, 0."""
+    if activation in ("relu", "leaky_relu", "linear"):
+        low = {"relu": 0.0, "leaky_relu": LEAK, "linear": 1.0}[activation]
+        share = (1 + low * low) / 2
+        return share * variance, share
+    t = torch.linspace(-10, 10, 20001, dtype=torch.float64)
+    z = (t * math.sqrt(variance)).requires_grad_()
+    with torch.enable_grad():
+        a = ACTIVATIONS[activation](z)
+        (slope,) = torch.autograd.grad(a.sum(), z)
+    weight = torch.exp(-t * t / 2)
+    weight /= weight.sum()
+    return float((weight * a.detach() ** 2).sum()), float((weight * slope**2).sum())
+
+
+def _weight(chosen: float | str, shape: tuple[int, int], k: int, seed: int, gain: float) -> Tensor:
+    weight = torch.empty(shape, dtype=torch.float64)
+    stream = rng.stream_of(f"layers.{k}.weight")
+    if isinstance(chosen, str):
+        generator = torch.Generator().manual_seed((stream ^ seed) >> 1)
+        return SCHEMES[chosen][1](weight, gain, generator=generator)
+    return initializers.sample_into(weight, rng.normal(0, math.sqrt(chosen)), seed=seed, stream=stream)

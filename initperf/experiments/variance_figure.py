@@ -1,0 +1,99 @@
+"""The picture of `initperf variance`: both panels of figure 7.4, with the analytic values dashed."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+if TYPE_CHECKING:
+    from .variance import VarianceResult
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart; the markers differ as well.
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#555555", "#CC79A7", "#B8860B")
+MARKERS = "osD^vPX*"
+NAMES = {"relu": "ReLU", "leaky_relu": "leaky ReLU", "gelu": "GELU", "selu": "SELU", "linear": "no activation"}
+STYLE: Any = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.labelsize": 14,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 6,
+}
+
+
+def png(result: VarianceResult) -> bytes:
+    """The figure of `result`, 2,100 pixels wide."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(14, 6.4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _panel(left, result, "forward")
+        _panel(right, result, "backward")
+        c = result.config
+        what = (
+            f"{c['depth']} hidden layers of {c['width']} units, {NAMES.get(c['activation'], c['activation'])}, biases 0"
+        )
+        if c["density"] < 1:
+            how = f"rescaled by {c['rescale']}" if c["rescale"] else "not rescaled"
+            what += f"; {c['mask']} masks, density {c['density']:g}, {how}"
+        figure.suptitle(f"Variance through the layers at initialization: {what}", fontsize=16, weight="bold")
+        nets = f"mean of {c['seeds']} nets, from least to greatest shaded" if c["seeds"] > 1 else "one net"
+        handles = [
+            Line2D([], [], color=COLOURS[i % 8], marker=MARKERS[i % 8], label=line.label)
+            for i, line in enumerate(result.lines)
+        ]
+        styles = [
+            Line2D([], [], color="#333333", label=f"measured: {nets}"),
+            Line2D([], [], color="#333333", linestyle=(0, (4, 3)), linewidth=1.5, label="analytic, for wide layers"),
+        ]
+        figure.legend(handles=handles, loc="outside right center", title="variance of\nthe weights")
+        figure.legend(handles=styles, loc="outside lower center", ncols=2)
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=150, metadata={"Software": None})
+    return data.getvalue()
+
+
+def _panel(axes: Axes, result: VarianceResult, way: str) -> None:
+    depth = result.config["depth"]
+    layers = range(1, depth + 1)
+    low, high = math.inf, -math.inf
+    for i, line in enumerate(result.lines):
+        seen, expected = getattr(line, way), getattr(line, f"{way}_expected")
+        colour, marker = COLOURS[i % 8], MARKERS[i % 8]
+        # log10 of the values, so that 1e-300 and 1e300 fit one axis
+        band = (seen.amin(0).log10(), seen.amax(0).log10())
+        axes.fill_between(layers, *band, color=colour, alpha=0.16, linewidth=0)
+        every = (i % 3, max(1, depth // 10))
+        axes.plot(layers, seen.mean(0).log10(), color=colour, marker=marker, markevery=every)
+        logs = [math.log10(v) if v > 0 else -math.inf for v in expected]
+        axes.plot(layers, logs, color="#222222", linestyle=(0, (4, 3)), linewidth=1.3)
+        low, high = min(low, float(band[0].min()), *logs), max(high, float(band[1].max()), *logs)
+    axes.set_title(
+        r"Forward: variance of the pre-activations $f_k$"
+        if way == "forward"
+        else r"Backward: variance of the gradients $\partial\ell/\partial f_k$"
+    )
+    axes.set_xlabel("hidden layer k" + ("" if way == "forward" else "    (the gradient travels from right to left)"))
+    axes.set_ylabel("variance (log axis)")
+    axes.set_xlim(1, depth)
+    axes.xaxis.set_major_locator(FixedLocator([1, *range(10, depth + 1, 10)] if depth >= 20 else list(layers)))
+    span = max(high - low, 1.0)
+    step = next(s for s in (1, 2, 5, 10, 20, 25, 50, 100) if span / s <= 9 or s == 100)
+    bottom, top = math.floor(low / step), math.ceil(high / step)
+    axes.set_ylim(bottom * step, top * step)
+    axes.yaxis.set_major_locator(FixedLocator([step * k for k in range(bottom, top + 1)]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"$10^{{{v:.0f}}}$"))
+    axes.yaxis.set_minor_locator(NullLocator())
