@@ -1,0 +1,59 @@
+"""Which GPU a launcher runs on, and what its dtypes need in Triton's interpreter. Shared by every kernel file with a TILES table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TypeVar
+
+import triton
+import triton.language as tl
+
+T = TypeVar("T")
+
+# Triton's interpreter multiplies bfloat16 as raw 16-bit words in tl.dot, and truncates casts to bfloat16.
+INTERPRET: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+# Targets without a row of their own in a TILES table take the row of the family whose shared memory and matrix
+# instructions they have (CUDA programming guide, table "technical specifications per compute capability").
+FAMILY = {
+    "sm_86": "sm_80",
+    "sm_87": "sm_80",
+    "sm_89": "sm_80",
+    "sm_103": "sm_100",
+    "sm_120": "sm_80",
+    "gfx950": "gfx942",
+}
+
+
+def arch() -> str:
+    """Name of the current device's target: "sm_90", "gfx942"; "sm_80" in the interpreter."""
+    if INTERPRET.value:
+        return "sm_80"
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "hip" else f"sm_{target.arch}"
+
+
+def tile(table: Mapping[str, T]) -> T:
+    """The current device's row of a TILES table."""
+    name = arch()
+    return table.get(name) or table.get(FAMILY.get(name, ""), table["sm_80"])
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """float32 x in dtype, rounded once to nearest even."""
+    if INTERPRET and dtype == tl.bfloat16:
+        word = x.to(tl.uint32, bitcast=True)
+        even = ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(tl.uint16)
+        nan = (word & 0x7FFFFFFF) > 0x7F800000
+        return tl.where(nan, ((word >> 16) | 0x40).to(tl.uint16), even).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b with float32 sums; float32 operands stay float32 (no TF32)."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
