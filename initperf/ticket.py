@@ -91,30 +91,25 @@ class Ticket:
         if inits:
             check(seed is not None, "a seed, since inits are given", None)
             check_seed(seed)
-        for name, mask in chosen.items():
+        for name, given_mask in chosen.items():
             check(name in found, f"masks of parameters of the model ({', '.join(found)})", name)
-            check_mask(mask, found[name].shape, f"masks[{name!r}]")
+            check_mask(given_mask, found[name].shape, f"masks[{name!r}]")
         parameters, values = {}, {}
         digest = _Digest()
         for name, parameter in sorted(found.items()):
             check_float_tensor(parameter, name)
-            init = inits.get(name)
-            again = None
-            if init is not None:
-                again = regenerate(name, tuple(parameter.shape), parameter.dtype, init, seed or 0)
-            if given is not None or init is None:
+            init, mask = inits.get(name), chosen.get(name)
+            shape, dtype = tuple(parameter.shape), parameter.dtype
+            initial = None if init is None else regenerate(name, shape, dtype, init, seed or 0)
+            if initial is None or given is not None:
                 source = parameter if given is None else given.get(name, parameter)
-                check(
-                    source.shape == parameter.shape,
-                    f"weights[{name!r}] of shape {tuple(parameter.shape)}",
-                    tuple(source.shape),
-                )
-                now = _pruned(source.detach().to("cpu", parameter.dtype), chosen.get(name))
-                if again is None or not _same_bits(_pruned(again, chosen.get(name)), now):
-                    init, again = None, now
-                    values[name] = now[chosen[name].cpu()] if name in chosen else now.clone()
-            parameters[name] = Parameter(tuple(parameter.shape), parameter.dtype, init)
-            digest.add(name, again)
+                check(tuple(source.shape) == shape, f"weights[{name!r}] of shape {shape}", tuple(source.shape))
+                now = _pruned(source.detach().to("cpu", dtype), mask)
+                if initial is None or not _same_bits(_pruned(initial, mask), now):
+                    init, initial = None, now
+                    values[name] = now.clone() if mask is None else now[mask.cpu()]
+            parameters[name] = Parameter(shape, dtype, init)
+            digest.add(name, initial)
         kept = {n: m.detach().cpu().clone() for n, m in chosen.items()}
         needs_seed = any(p.init is not None and p.init.function != "constant" for p in parameters.values())
         return cls(parameters, kept, digest.hex(), seed if needs_seed else None, values, dict(recipe or {}))
@@ -303,13 +298,13 @@ class _Digest:
         return self._sha.hexdigest()
 
 
-def _raw(tensor: Tensor) -> np.ndarray:
+def _raw(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor, little-endian."""
     words = tensor.detach().contiguous().reshape(-1)
     if words.element_size() > 1:
         words = words.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[words.element_size()])
     array = words.numpy()
-    return array.astype(array.dtype.newbyteorder("<"), copy=False).view(np.uint8)
+    return array.astype(array.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
 
 
 def _pruned(tensor: Tensor, mask: Tensor | None) -> Tensor:
@@ -318,7 +313,7 @@ def _pruned(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return bool(np.array_equal(_raw(a), _raw(b)))
+    return _raw(a) == _raw(b)
 
 
 def _json(about: Mapping[str, Any]) -> str:

@@ -80,12 +80,12 @@ def digits() -> DataSet:
     pixels, labels = table[:, :64], table[:, 64]
     mean, std = _mean_and_std(pixels, 16)
     order = permutation(len(labels), SPLIT_SEED, "digits").split(DIGITS_SPLIT)
-    parts = [_split(pixels[i], labels[i], 16, mean, std) for i in map(Tensor.numpy, order)]
+    train, val, test = (_split(pixels[i], labels[i], 16, mean, std) for i in map(Tensor.numpy, order))
     about = (
         f"UCI optical digits (Alpaydin and Kaynak 1998, CC BY 4.0), split {'/'.join(map(str, DIGITS_SPLIT))}, "
         f"normalized by mean {mean}, std {std}"
     )
-    return DataSet("digits", about, 10, *parts, _sha256(pixels, labels))
+    return DataSet("digits", about, 10, train, val, test, _sha256(pixels, labels))
 
 
 def mnist(folder: str | Path | None) -> DataSet:
@@ -175,5 +175,5 @@ def _split(pixels: np.ndarray, labels: np.ndarray, scale: int, mean: float, std:
 def _sha256(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
