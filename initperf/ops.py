@@ -55,12 +55,40 @@ def register(name: str, module: str) -> None:
     MODULES[name] = module
 
 
-def define(schema: str, *, module: str, fake: Callable[..., Any]) -> Any:
-    """Define `initperf::schema`, with its CPU, GPU and fake implementations; returns the OpOverload."""
+def define(schema: str, *, module: str, fake: Callable[..., Any], run: Callable[..., Any] | None = None) -> Any:
+    """Define `initperf::schema`, with its CPU, GPU and fake implementations; returns the OpOverload.
+
+    run: an implementation for both devices that chooses, and counts, its backend itself.
+    """
     name = schema.split("(", 1)[0]
     register(name, module)
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIB.impl(name, lambda *args: implementation(name, "cpu")(*args), "CPU")
-    LIB.impl(name, lambda *args: implementation(name, "cuda")(*args), "CUDA")
+    LIB.impl(name, run or (lambda *args: implementation(name, "cpu")(*args)), "CPU")
+    LIB.impl(name, run or (lambda *args: implementation(name, "cuda")(*args)), "CUDA")
     torch.library.register_fake(f"initperf::{name}", fake, lib=LIB)
     return getattr(torch.ops.initperf, name).default
+
+
+def differentiate(name: str, function: Callable[..., Any]) -> None:
+    """Enter what runs where gradients may be needed: it calls an autograd.Function, whose forward calls the op below autograd."""
+    LIB.impl(name, function, "Autograd")
+
+
+def autocast(op: Any) -> None:
+    """Under autocast, cast the op's float32 and 16-bit tensors to autocast's dtype, as for torch's own matrix products."""
+    name = op._schema.name.split("::")[1]
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+    for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def lower(*args: Any, device: str = device) -> Any:
+            dtype = torch.get_autocast_dtype(device)
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*(_lowered(a, dtype) for a in args))
+
+        LIB.impl(name, lower, key)
+
+
+def _lowered(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+        return value.to(dtype)
+    return value

@@ -35,7 +35,23 @@ COST = {4: 0.31, 2: 0.35, 1: 0.45}  # V -> measured ns a vector: fewer lanes pay
 
 
 @jit()
-def _multiply_tasks(width, kind, tasks, units_at, columns_at, index, x_at, x_strides, w_at, w_strides, bias_at, y_at, sizes, plan, scratch):
+def _multiply_tasks(
+    width,
+    kind,
+    tasks,
+    units_at,
+    columns_at,
+    index,
+    x_at,
+    x_strides,
+    w_at,
+    w_strides,
+    bias_at,
+    y_at,
+    sizes,
+    plan,
+    scratch,
+):
     """y[b, n] = bias[n] + sum over k of x[b, k] W[n, k] for tasks first..last of (batch part, group of panels)."""
     first, last = tasks
     panels, blocks, per_panel, block = index
@@ -62,7 +78,15 @@ def _multiply_tasks(width, kind, tasks, units_at, columns_at, index, x_at, x_str
             for i in range(count):
                 b = b0 + i * lanes
                 source = shifted(x, b * x_strides[0] + k0 * x_strides[1])
-                pack(width, source, x_strides[0], x_strides[1], B - b, min(block, K - k0), shifted(x_tile, i * block * lanes))
+                pack(
+                    width,
+                    source,
+                    x_strides[0],
+                    x_strides[1],
+                    B - b,
+                    min(block, K - k0),
+                    shifted(x_tile, i * block * lanes),
+                )
             slots = 0
             for p in range(p0, p1):
                 records = shifted(units, (p * blocks + kb) * per_panel * 4)
@@ -78,7 +102,15 @@ def _multiply_tasks(width, kind, tasks, units_at, columns_at, index, x_at, x_str
                     for u in range(per_panel):
                         steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
                         numbers = np.uint32(records[4 * u])
-                        multiply_unit(width, shifted(place, slot - base), shifted(values, slot), shifted(x_tile, i * block * lanes), y_panel, numbers, steps)
+                        multiply_unit(
+                            width,
+                            shifted(place, slot - base),
+                            shifted(values, slot),
+                            shifted(x_tile, i * block * lanes),
+                            y_panel,
+                            numbers,
+                            steps,
+                        )
                         slot += ROWS * steps
         for i in range(count):
             b = b0 + i * lanes
@@ -86,7 +118,24 @@ def _multiply_tasks(width, kind, tasks, units_at, columns_at, index, x_at, x_str
 
 
 @jit()
-def _correlate_tasks(width, kind, tasks, units_at, columns_at, slots, index, dy_at, dy_strides, x_at, x_strides, sums_at, out_at, sizes, plan, scratch):
+def _correlate_tasks(
+    width,
+    kind,
+    tasks,
+    units_at,
+    columns_at,
+    slots,
+    index,
+    dy_at,
+    dy_strides,
+    x_at,
+    x_strides,
+    sums_at,
+    out_at,
+    sizes,
+    plan,
+    scratch,
+):
     """out[n, k] = sum over b of dy[b, n] x[b, k] at survivors, 0 elsewhere, for tasks first..last of groups of panels."""
     first, last = tasks
     panels, blocks, per_panel, block = index
@@ -118,7 +167,15 @@ def _correlate_tasks(width, kind, tasks, units_at, columns_at, slots, index, dy_
                 for i in range(count):
                     b = b0 + i * lanes
                     source = shifted(x, b * x_strides[0] + k0 * x_strides[1])
-                    pack(width, source, x_strides[0], x_strides[1], B - b, min(block, K - k0), shifted(x_tile, i * block * lanes))
+                    pack(
+                        width,
+                        source,
+                        x_strides[0],
+                        x_strides[1],
+                        B - b,
+                        min(block, K - k0),
+                        shifted(x_tile, i * block * lanes),
+                    )
                 for i in range(count):
                     for p in range(p0, p1):
                         records = shifted(units, (p * blocks + kb) * per_panel * 4)
@@ -127,27 +184,114 @@ def _correlate_tasks(width, kind, tasks, units_at, columns_at, slots, index, dy_
                         for u in range(per_panel):
                             steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
                             numbers = np.uint32(records[4 * u])
-                            correlate_unit(width, shifted(columns, slot), shifted(sums, slot), shifted(x_tile, i * block * lanes), dy_panel, numbers, steps)
+                            correlate_unit(
+                                width,
+                                shifted(columns, slot),
+                                shifted(sums, slot),
+                                shifted(x_tile, i * block * lanes),
+                                dy_panel,
+                                numbers,
+                                steps,
+                            )
                             slot += ROWS * steps
                 if b0 + batch_blocks * lanes >= B:
                     for p in range(p0, p1):
                         records = shifted(units, (p * blocks + kb) * per_panel * 4)
                         corner = shifted(out, p * panel * K + k0)
-                        scatter(records, per_panel, columns, shifted(sums, np.int64(records[3])), N - p * panel, min(block, K - k0), corner, K)
+                        scatter(
+                            records,
+                            per_panel,
+                            columns,
+                            shifted(sums, np.int64(records[3])),
+                            N - p * panel,
+                            min(block, K - k0),
+                            corner,
+                            K,
+                        )
 
 
 @jit(parallel=True)
-def _multiply_parallel(workers, count, bytes_each, width, kind, units_at, columns_at, index, x_at, x_strides, w_at, w_strides, bias_at, y_at, sizes, plan, scratch):
+def _multiply_parallel(
+    workers,
+    count,
+    bytes_each,
+    width,
+    kind,
+    units_at,
+    columns_at,
+    index,
+    x_at,
+    x_strides,
+    w_at,
+    w_strides,
+    bias_at,
+    y_at,
+    sizes,
+    plan,
+    scratch,
+):
     for t in prange(workers):
         tasks = (count * t // workers, count * (t + 1) // workers)
-        _multiply_tasks(width, kind, tasks, units_at, columns_at, index, x_at, x_strides, w_at, w_strides, bias_at, y_at, sizes, plan, scratch + t * bytes_each)
+        _multiply_tasks(
+            width,
+            kind,
+            tasks,
+            units_at,
+            columns_at,
+            index,
+            x_at,
+            x_strides,
+            w_at,
+            w_strides,
+            bias_at,
+            y_at,
+            sizes,
+            plan,
+            scratch + t * bytes_each,
+        )
 
 
 @jit(parallel=True)
-def _correlate_parallel(workers, count, bytes_each, width, kind, units_at, columns_at, slots, index, dy_at, dy_strides, x_at, x_strides, sums_at, out_at, sizes, plan, scratch):
+def _correlate_parallel(
+    workers,
+    count,
+    bytes_each,
+    width,
+    kind,
+    units_at,
+    columns_at,
+    slots,
+    index,
+    dy_at,
+    dy_strides,
+    x_at,
+    x_strides,
+    sums_at,
+    out_at,
+    sizes,
+    plan,
+    scratch,
+):
     for t in prange(workers):
         tasks = (count * t // workers, count * (t + 1) // workers)
-        _correlate_tasks(width, kind, tasks, units_at, columns_at, slots, index, dy_at, dy_strides, x_at, x_strides, sums_at, out_at, sizes, plan, scratch + t * bytes_each)
+        _correlate_tasks(
+            width,
+            kind,
+            tasks,
+            units_at,
+            columns_at,
+            slots,
+            index,
+            dy_at,
+            dy_strides,
+            x_at,
+            x_strides,
+            sums_at,
+            out_at,
+            sizes,
+            plan,
+            scratch + t * bytes_each,
+        )
 
 
 @cache
@@ -158,7 +302,9 @@ def _widths(batch: int) -> tuple[int, ...]:
 
 
 @cache
-def _plan(batch: int, lanes: int, panels: int, panel: int, size: int, workers: int, split_batch: bool) -> tuple[int, int, int, int]:
+def _plan(
+    batch: int, lanes: int, panels: int, panel: int, size: int, workers: int, split_batch: bool
+) -> tuple[int, int, int, int]:
     """(batch blocks a task, panels a task, groups of panels, tasks): sums within TILE bytes, and work for every worker."""
     total = -(-batch // lanes)
     blocks = min(total, BLOCKS)
@@ -178,7 +324,9 @@ def _plan(batch: int, lanes: int, panels: int, panel: int, size: int, workers: i
 class _Call:
     """What both kernels derive from the index and the batch."""
 
-    def __init__(self, units: Tensor, columns: Tensor, batch: int, K: int, dtype: torch.dtype, *, split_batch: bool) -> None:
+    def __init__(
+        self, units: Tensor, columns: Tensor, batch: int, K: int, dtype: torch.dtype, *, split_batch: bool
+    ) -> None:
         panels, blocks, quads = units.shape[:3]
         self.kind = KINDS[dtype]
         self.width = _widths(batch)
@@ -215,7 +363,14 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, units: Tensor, col
     scratch, bytes_each = call.scratch(gathers=True)
     shared = (
         *(units.data_ptr(), columns.data_ptr(), call.index),
-        *(x.data_ptr(), x.stride(), weight.data_ptr(), weight.stride(), 0 if bias is None else bias.data_ptr(), y.data_ptr()),
+        *(
+            x.data_ptr(),
+            x.stride(),
+            weight.data_ptr(),
+            weight.stride(),
+            0 if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+        ),
         *((B, N, K), tuple(call.plan), scratch.data_ptr()),
     )
     if call.workers > 1:
@@ -225,7 +380,9 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, units: Tensor, col
     return y
 
 
-def masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool) -> Tensor:
+def masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool
+) -> Tensor:
     """See initperf/reference/masked_matmul.py."""
     return _multiply(x, weight, None if bias is None else bias.contiguous(), pattern[0], pattern[1])
 

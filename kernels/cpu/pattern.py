@@ -51,7 +51,14 @@ def _count_panels(mask_address, stride_row, stride_column, sizes, block, units, 
         rows = min(panel, N - p * panel)
         for kb in range(blocks):
             columns = min(block, K - kb * block)
-            _read_tile(mask[p * panel * stride_row + kb * block * stride_column :], stride_row, stride_column, rows, columns, tile)
+            _read_tile(
+                mask[p * panel * stride_row + kb * block * stride_column :],
+                stride_row,
+                stride_column,
+                rows,
+                columns,
+                tile,
+            )
             places[:] = 0
             for i in range(panel):
                 count = 0
@@ -86,7 +93,14 @@ def _fill_panels(mask_address, stride_row, stride_column, sizes, block, units, c
         rows = min(panel, N - p * panel)
         for kb in range(blocks):
             width = min(block, K - kb * block)
-            _read_tile(mask[p * panel * stride_row + kb * block * stride_column :], stride_row, stride_column, rows, width, tile)
+            _read_tile(
+                mask[p * panel * stride_row + kb * block * stride_column :],
+                stride_row,
+                stride_column,
+                rows,
+                width,
+                tile,
+            )
             for u in range(per_panel):
                 numbers, start = np.uint32(units[p, kb, u, 0]), np.int64(units[p, kb, u, 3])
                 steps = np.int64(np.uint32(units[p, kb, u, 2]) >> np.uint32(16))
@@ -108,14 +122,33 @@ def _fill_panels(mask_address, stride_row, stride_column, sizes, block, units, c
 def _count_parallel(workers, mask_address, stride_row, stride_column, sizes, block, units):
     panels = units.shape[0]
     for t in prange(workers):
-        _count_panels(mask_address, stride_row, stride_column, sizes, block, units, panels * t // workers, panels * (t + 1) // workers)
+        _count_panels(
+            mask_address,
+            stride_row,
+            stride_column,
+            sizes,
+            block,
+            units,
+            panels * t // workers,
+            panels * (t + 1) // workers,
+        )
 
 
 @jit(parallel=True)
 def _fill_parallel(workers, mask_address, stride_row, stride_column, sizes, block, units, columns):
     panels = units.shape[0]
     for t in prange(workers):
-        _fill_panels(mask_address, stride_row, stride_column, sizes, block, units, columns, panels * t // workers, panels * (t + 1) // workers)
+        _fill_panels(
+            mask_address,
+            stride_row,
+            stride_column,
+            sizes,
+            block,
+            units,
+            columns,
+            panels * t // workers,
+            panels * (t + 1) // workers,
+        )
 
 
 @jit()

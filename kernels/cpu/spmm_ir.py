@@ -125,14 +125,18 @@ def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
 def storage_pointer(typingctx: Any, address: Any, kind: Any) -> Any:
     """The integer `address` as a pointer to the dtype of the array `kind`, of which only the type counts."""
     result = types.CPointer(kind.dtype)
-    return result(types.int64, kind), lambda ctx, builder, sig, args: builder.inttoptr(args[0], ctx.get_value_type(result))
+    return result(types.int64, kind), lambda ctx, builder, sig, args: builder.inttoptr(
+        args[0], ctx.get_value_type(result)
+    )
 
 
 @intrinsic
 def compute_pointer(typingctx: Any, address: Any, kind: Any) -> Any:
     """The same, to the dtype that arithmetic runs in."""
     result = types.CPointer(_compute(kind.dtype))
-    return result(types.int64, kind), lambda ctx, builder, sig, args: builder.inttoptr(args[0], ctx.get_value_type(result))
+    return result(types.int64, kind), lambda ctx, builder, sig, args: builder.inttoptr(
+        args[0], ctx.get_value_type(result)
+    )
 
 
 @intrinsic
@@ -285,7 +289,10 @@ def correlate_unit(typingctx: Any, width: Any, columns: Any, sums: Any, x: Any, 
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, cols, out, x_tile, y_tile, numbers, n = args
-        lines = [[_load(builder, line, v * LANES, element, 64) for v in range(count)] for line in _rows(builder, y_tile, numbers, count)]
+        lines = [
+            [_load(builder, line, v * LANES, element, 64) for v in range(count)]
+            for line in _rows(builder, y_tile, numbers, count)
+        ]
         loop = _Loop(builder, n, [])
         products = []
         for line, xs in zip(lines, _columns(builder, cols, loop.j, x_tile, count), strict=True):

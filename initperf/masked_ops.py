@@ -1,0 +1,144 @@
+"""The three masked products as torch ops, closed under backward: each one's gradients are the other two.
+
+    initperf::masked_linear        y  = x (W o M)^T + b
+    initperf::masked_grad_input    dx = dy (W o M)
+    initperf::masked_grad_weight   dW = (dy^T x) o M
+
+Shapes and arguments: initperf/reference/masked_matmul.py. Autograd is written by hand: register_autograd costs 45 us a call more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from initperf import ops
+from initperf.reference import masked_matmul as reference
+
+_DENSE = {"cpu": "mkl", "cuda": "cublas"}
+
+# Multiply-adds a dense product does in the time of one at a survivor, by batch rows: dense runs where density x this
+# reaches 1. Measured on one machine; tables of the machine at hand are to replace them.
+_COST = ((4, 12.0), (16, 8.0), (32, 4.0), (1 << 62, 3.0))
+_COST_HALF = 2.0  # how much faster 16-bit dense products are
+_SMALL = 1 << 14  # weights under which the calls cost more than the products
+
+
+def choose(rows: int, shape: torch.Size, dtype: torch.dtype, device: str, pattern: list[Tensor]) -> bool:
+    """Whether the sparse kernel runs, or the dense product: the one place that decides. rows: of the batch; shape: of the weight."""
+    weights = shape.numel()
+    if device != "cpu" or not pattern or weights <= _SMALL:
+        return False
+    cost = next(cost for limit, cost in _COST if rows <= limit)
+    if dtype.itemsize == 2:
+        cost *= _COST_HALF
+    return pattern[1].numel() * cost < weights
+
+
+def _run(name: str, rows: int, like: Tensor, mask: Tensor, pattern: list[Tensor], *args: Any) -> Tensor:
+    device = like.device.type
+    sparse = choose(rows, mask.shape, like.dtype, device, pattern)
+    tiles = device == "cuda" and name == "masked_grad_weight" and bool(pattern)
+    if sparse or tiles or ops.backend_of(name, device) == "reference":
+        return ops.implementation(name, device)(*args)
+    ops.CALLS[name, _DENSE[device]] += 1
+    return getattr(reference, name)(*args)
+
+
+def _masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool
+) -> Tensor:
+    return _run("masked_linear", x.shape[0], x, mask, pattern, x, weight, bias, mask, pattern, premasked)
+
+
+def _masked_grad_input(dy: Tensor, weight: Tensor, mask: Tensor, pattern: list[Tensor], premasked: bool) -> Tensor:
+    return _run("masked_grad_input", dy.shape[0], dy, mask, pattern, dy, weight, mask, pattern, premasked)
+
+
+def _masked_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]) -> Tensor:
+    return _run("masked_grad_weight", dy.shape[0], dy, mask, pattern, dy, x, mask, pattern)
+
+
+masked_linear = ops.define(
+    "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor mask, Tensor[] pattern, bool premasked) -> Tensor",
+    module="masked_matmul",
+    run=_masked_linear,
+    fake=lambda x, weight, bias, mask, pattern, premasked: x.new_empty(x.shape[0], mask.shape[0]),
+)
+masked_grad_input = ops.define(
+    "masked_grad_input(Tensor dy, Tensor weight, Tensor mask, Tensor[] pattern, bool premasked) -> Tensor",
+    module="masked_matmul",
+    run=_masked_grad_input,
+    fake=lambda dy, weight, mask, pattern, premasked: dy.new_empty(dy.shape[0], mask.shape[1]),
+)
+masked_grad_weight = ops.define(
+    "masked_grad_weight(Tensor dy, Tensor x, Tensor mask, Tensor[] pattern) -> Tensor",
+    module="masked_matmul",
+    run=_masked_grad_weight,
+    fake=lambda dy, x, mask, pattern: x.new_empty(mask.shape),
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask, premasked, *pattern):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight, mask, *pattern)
+        ctx.premasked = premasked
+        with torch._C._AutoDispatchBelowAutograd():
+            return masked_linear(x, weight, bias, mask, pattern, premasked)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, weight, mask, *pattern = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dx = masked_grad_input(dy, weight, mask, pattern, ctx.premasked) if needs_x else None
+        dw = masked_grad_weight(dy, x, mask, pattern) if needs_weight else None
+        return dx, dw, dy.sum(0) if needs_bias else None, *(None,) * (2 + len(pattern))
+
+
+class _GradInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dy, weight, mask, premasked, *pattern):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(dy, weight, mask, *pattern)
+        ctx.premasked = premasked
+        with torch._C._AutoDispatchBelowAutograd():
+            return masked_grad_input(dy, weight, mask, pattern, premasked)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        dy, weight, mask, *pattern = ctx.saved_tensors
+        needs_dy, needs_weight = ctx.needs_input_grad[:2]
+        ddy = masked_linear(g, weight, None, mask, pattern, ctx.premasked) if needs_dy else None
+        dw = masked_grad_weight(dy, g, mask, pattern) if needs_weight else None
+        return ddy, dw, *(None,) * (2 + len(pattern))
+
+
+class _GradWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dy, x, mask, *pattern):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(dy, x, mask, *pattern)
+        with torch._C._AutoDispatchBelowAutograd():
+            return masked_grad_weight(dy, x, mask, pattern)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        dy, x, mask, *pattern = ctx.saved_tensors
+        needs_dy, needs_x = ctx.needs_input_grad[:2]
+        ddy = masked_linear(x, g, None, mask, pattern, False) if needs_dy else None  # g is any tensor: not masked
+        dx = masked_grad_input(dy, g, mask, pattern, False) if needs_x else None
+        return ddy, dx, *(None,) * (1 + len(pattern))
+
+
+ops.differentiate(
+    "masked_linear",
+    lambda x, weight, bias, mask, pattern, premasked: _Linear.apply(x, weight, bias, mask, premasked, *pattern),
+)
+ops.differentiate(
+    "masked_grad_input",
+    lambda dy, weight, mask, pattern, premasked: _GradInput.apply(dy, weight, mask, premasked, *pattern),
+)
+ops.differentiate("masked_grad_weight", lambda dy, x, mask, pattern: _GradWeight.apply(dy, x, mask, *pattern))
+for _op in (masked_linear, masked_grad_input, masked_grad_weight):
+    ops.autocast(_op)
