@@ -47,9 +47,10 @@ def check_equal_to_reference(module, values, alive):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int32], ids=str)
 @pytest.mark.parametrize("sizes", [(0,), (1,), (1023, 0, 1025), (700, 150_001, 150_000)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_numba_selection_equals_the_reference(dtype, sizes, masked):
+def test_the_numba_selection_equals_the_reference(dtype, sizes, masked, monkeypatch):
     from initperf.kernels.cpu import select
 
+    monkeypatch.setattr(select, "SERIAL", 100_000)  # so that the largest case runs on threads, with long digits
     check_equal_to_reference(select, values_of(dtype, sizes), alive_of(sizes) if masked else None)
 
 
@@ -63,7 +64,10 @@ def test_the_triton_selection_equals_the_reference(dtype, masked, gpu_device):
     check_equal_to_reference(select, values, [a.to(gpu_device) for a in alive_of(sizes)] if masked else None)
 
 
-def test_threads_do_not_change_the_masks():
+def test_threads_do_not_change_the_masks(monkeypatch):
+    from initperf.kernels.cpu import select
+
+    monkeypatch.setattr(select, "SERIAL", 1000)
     sizes = (200_000, 300_000, 7)
     values = values_of(torch.bfloat16, sizes)  # many ties, split between the threads
     before = torch.get_num_threads()

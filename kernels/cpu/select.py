@@ -20,7 +20,7 @@ from .jit import jit, threads
 DIGIT = 16  # bits a pass: weights touch few of the 65,536 counters, so they stay in the caches, and two passes do for float32
 SMALL_DIGIT = 11  # where clearing the counters would cost more than a third pass
 BLOCK = 1024  # elements searched at once for ties
-SERIAL = 1 << 18  # below this many elements threads cost more than they save
+SERIAL = 1 << 21  # below this many elements threads cost more than they save
 _WORDS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
 _NO_MASK = np.empty(0, np.uint8)
 
