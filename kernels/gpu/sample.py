@@ -112,24 +112,26 @@ def _value(word, p, KIND: tl.constexpr):
 @triton.jit
 def _values(a, b, c, d, p, KIND: tl.constexpr):
     """Values of the four lanes."""
-    if KIND == _BITS:
-        return a, b, c, d
     if KIND == _NORMAL:
         a, b = _normal(a, b, p)
         c, d = _normal(c, d, p)
-        return a, b, c, d
-    return _value(a, p, KIND), _value(b, p, KIND), _value(c, p, KIND), _value(d, p, KIND)
+    elif KIND != _BITS:
+        a, b = _value(a, p, KIND), _value(b, p, KIND)
+        c, d = _value(c, p, KIND), _value(d, p, KIND)
+    return a, b, c, d
 
 
 @triton.jit
 def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """To the tensor's dtype, to nearest even; the interpreter's own cast to bfloat16 truncates."""
     if dtype == tl.int32:
-        return value.to(tl.int32, bitcast=True)
-    if dtype == tl.bfloat16 and INTERPRETED:
+        result = value.to(tl.int32, bitcast=True)
+    elif dtype == tl.bfloat16 and INTERPRETED:
         bits = value.to(tl.uint32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
+        result = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(dtype)
+    return result
 
 
 @triton.jit(do_not_specialize=["n", "k0", "k1", "s0", "s1", "first_tile", "groups", "run", "stride"])
@@ -149,6 +151,7 @@ def _fill(
     KIND: tl.constexpr,
     TILES: tl.constexpr,
     ONE_RUN: tl.constexpr,
+    MASKED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Program row * groups + g: tiles g TILES to (g + 1) TILES - 1 of a run, whose index 0 is entry `shift` of its first tile."""
@@ -178,17 +181,17 @@ def _fill(
     c, d = _rounded(c, dtype, INTERPRETED), _rounded(d, dtype, INTERPRETED)
     entry = part * 1024 + i
     to = out_ptr + at + entry
-    if (at >= low) & (at + TILES * 1024 <= high):
-        tl.store(to, a)
-        tl.store(to + 256, b)
-        tl.store(to + 512, c)
-        tl.store(to + 768, d)
-    else:
-        entry = at + entry
+    if MASKED:
+        entry += at
         tl.store(to, a, mask=(entry >= low) & (entry < high))
         tl.store(to + 256, b, mask=(entry >= low - 256) & (entry < high - 256))
         tl.store(to + 512, c, mask=(entry >= low - 512) & (entry < high - 512))
         tl.store(to + 768, d, mask=(entry >= low - 768) & (entry < high - 768))
+    else:
+        tl.store(to, a)
+        tl.store(to + 256, b)
+        tl.store(to + 512, c)
+        tl.store(to + 768, d)
 
 
 def _int32(word: int) -> int:
@@ -217,9 +220,15 @@ def sample_(
     one_run = run <= 0 or run >= n
     run = n if one_run else run
     shift = offset % 1024
+    whole = n // (1024 * tiles) * 1024 * tiles if one_run and not shift else 0
+    if 0 < whole < n:  # what fills programs without masks, then the rest
+        flat = out.view(-1)
+        sample_(flat[:whole], kind, params, seed, stream, offset, tiles=tiles)
+        sample_(flat[whole:], kind, params, seed, stream, offset + whole, tiles=tiles)
+        return out
     touched = (shift + n + 1023) // 1024 if one_run else (run + 1022) // 1024 + 1
     groups = (touched + tiles - 1) // tiles
-    bounded = params[:2] + (-float("inf"), float("inf")) + params[4:] if out.dtype == torch.float64 else params
+    double = out.dtype == torch.float64
     words = [_int32(w) for w in (seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32)]
     _fill[(groups * -(-n // run),)](
         out,
@@ -230,14 +239,15 @@ def sample_(
         groups,
         run,
         stride,
-        bounded,
+        params[:2] + (-float("inf"), float("inf")) + params[4:] if double else params,
         KIND=kind,
         TILES=tiles,
         ONE_RUN=one_run,
+        MASKED=not whole,
         INTERPRETED=_INTERPRETED,
         num_warps=warps,
         enable_fp_fusion=False,
     )
-    if out.dtype == torch.float64 and params[2] > -float("inf"):
+    if double and params[2] > -float("inf"):
         out.clamp_(params[2], params[3])
     return out
