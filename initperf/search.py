@@ -17,10 +17,10 @@ from initperf import __version__, ops, prune, rng
 from initperf.checks import InitPerfTypeError, check, check_seed, fail
 from initperf.files import FileLock
 from initperf.init import initialize
-from initperf.masked import sparsify
 from initperf.runfolder import KINDS, Network, RunFolder
 from initperf.running import Run, derive_seed
-from initperf.ticket import Init, Ticket, named_parameters
+from initperf.schemes import Init
+from initperf.ticket import Ticket, mask_layers, named_parameters
 
 POLL_SECONDS = 0.05
 PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -148,7 +148,7 @@ class TicketSearch:
             if kind == "sign-reinit":
                 _take_signs(model, self._at_start(trial, level)[0], masks)
             if masks:
-                sparsify(model, masks, sparse=self.sparse)
+                mask_layers(model, masks, sparse=self.sparse)
             run = self._run(network, model, masks, prune.density(masks) if masks else 1.0, first if keeps else fresh)
         torch.manual_seed(derive_seed(self.seed, trial, level, "global"))  # dropout and the like
         return run
@@ -248,7 +248,7 @@ class TicketSearch:
         masks = Ticket.load(self.folder.ticket(trial, level)).masks
         dense, masked = (self._at_start(trial, level)[0] for _ in range(2))
         full = {n: torch.ones_like(w, dtype=torch.bool) for n, w in prunable(masked).items()}
-        return dense, sparsify(masked, masks or full, sparse=self.sparse), prune.density(masks or full)
+        return dense, mask_layers(masked, masks or full, sparse=self.sparse), prune.density(masks or full)
 
     def _check_model(self, fractions: prune.Fraction) -> dict[str, float]:
         """The fractions by glob; raises unless `make_model` makes a model with weights that they name, and `init` fits it."""

@@ -27,19 +27,18 @@ from torch import Tensor, nn
 from initperf import ops, rng
 from initperf.checks import InitPerfError, check, check_float_tensor, check_mask, check_seed, fail
 from initperf.files import write_atomically
+from initperf.schemes import Init
 
 FORMAT = 1
 KEY = "initperf"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_ARGS = {"constant": 1, "uniform": 2, "normal": 2, "trunc_normal": 4}
-
-
-class Init(NamedTuple):
-    """How a parameter was initialized: constant (value), uniform (lo, hi), normal (mean, std), trunc_normal (mean, std, a, b)."""
-
-    function: str
-    args: tuple[float, ...]
+_KNOWN = (
+    "constant",
+    "uniform",
+    "normal",
+    "trunc_normal",
+)  # what comes back from a seed; an orthogonal matrix is stored
 
 
 class Parameter(NamedTuple):
@@ -87,7 +86,7 @@ class Ticket:
         found = named_parameters(model)
         given = {canonical(n): t for n, t in weights.items()} if weights is not None else None
         chosen = model_masks(model) if masks is None else {canonical(n): m for n, m in masks.items()}
-        inits = {canonical(n): i for n, i in (inits or {}).items()}
+        inits = {canonical(n): i for n, i in (inits or {}).items() if i.function in _KNOWN}
         if inits:
             check(seed is not None, "a seed, since inits are given", None)
             check_seed(seed)
@@ -136,8 +135,6 @@ class Ticket:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Give `model` the ticket's initial weights and masks, in place; nothing is touched unless all of it fits. Returns it."""
-        from initperf.masked import sparsify
-
         found = named_parameters(model)
         missing, extra = self.parameters.keys() - found.keys(), found.keys() - self.parameters.keys()
         if missing or extra:
@@ -151,8 +148,7 @@ class Ticket:
             check(tuple(found[name].shape) == shape, f"{name} to have shape {shape}", tuple(found[name].shape))
             check(found[name].dtype == dtype, f"{name} to have dtype {dtype}", found[name].dtype)
         initial = self.weights()
-        actual = {canonical(n): n for n, _ in model.named_parameters()}
-        sparsify(model, {actual[n]: m.to(found[n].device) for n, m in self.masks.items()})
+        mask_layers(model, self.masks)
         with torch.no_grad():
             for name, parameter in named_parameters(model).items():
                 parameter.copy_(initial[name])
@@ -234,7 +230,8 @@ def _parse(cls: type[Ticket], about: dict[str, Any], tensors: dict[str, Tensor])
         init = None
         if "init" in entry:
             init = Init(entry["init"], tuple(float(a) for a in entry["args"]))
-            check(len(init.args) == _ARGS.get(init.function), f"an init of {', '.join(_ARGS)}", f"{init} for {name}")
+            check(init.function in _KNOWN, f"an init of {', '.join(_KNOWN)} for {name}", init.function)
+            init.check(name)
         size = math.prod(shape)
         if f"{name}.mask_bits" in tensors:
             bits = tensors[f"{name}.mask_bits"]
@@ -259,11 +256,7 @@ def regenerate(name: str, shape: tuple[int, ...], dtype: torch.dtype, init: Init
     out = torch.empty(shape, dtype=dtype)
     if init.function == "constant":
         return out.fill_(init.args[0])
-    if init.function == "normal":
-        distribution = rng.normal(*init.args)
-    else:
-        distribution = getattr(rng, init.function)(*init.args, dtype)
-    return ops.implementation("sample_", "cpu")(out, *distribution, seed, rng.stream_of(name))
+    return ops.implementation("sample_", "cpu")(out, *init.distribution(dtype), seed, rng.stream_of(name))
 
 
 def canonical(name: str) -> str:
@@ -274,6 +267,14 @@ def canonical(name: str) -> str:
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """canonical name -> parameter; a tied parameter once, by its first name."""
     return {canonical(name): parameter for name, parameter in model.named_parameters()}
+
+
+def mask_layers(model: nn.Module, masks: Mapping[str, Tensor], *, sparse: bool = False) -> nn.Module:
+    """sparsify, with canonical names."""
+    from initperf.masked import sparsify
+
+    actual = {canonical(n): n for n, _ in model.named_parameters()}
+    return sparsify(model, {actual[name]: mask for name, mask in masks.items()}, sparse=sparse)
 
 
 def model_masks(model: nn.Module) -> dict[str, Tensor]:

@@ -218,7 +218,7 @@ def test_the_reference_runs_no_op(finished):
     folder, seen = finished
     for run, _ in seen:
         used = json.loads((folder / "networks" / f"{run.network.name}.json").read_text())["ops"]
-        assert all(list(backends) == ["numba"] for backends in used.values()), used
+        assert all("reference" not in backends for backends in used.values()), used
         assert "sample_" in used
 
 

@@ -6,15 +6,16 @@ import struct
 import numpy as np
 import pytest
 import torch
-from initperf.init import initialize
 from safetensors.torch import load_file, save_file
 from tolerance import bits
 from torch import nn
 
 from initperf.checks import InitPerfError
 from initperf.experiments.recipes import mlp
+from initperf.init import initialize
 from initperf.prune import magnitude
-from initperf.ticket import Init, Ticket
+from initperf.schemes import Init
+from initperf.ticket import Ticket
 
 SEED = 2**63 + 12345
 
