@@ -154,7 +154,7 @@ def _view(x: torch.Tensor, dim: int | Sequence[int] | None) -> tuple[torch.Tenso
     if dim is None:
         reduced = set(range(x.dim()))
     else:
-        given = [dim] if isinstance(dim, int) else list(dim)
+        given = list(dim) if isinstance(dim, Sequence) else [dim]
         for d in given:
             if isinstance(d, bool) or not isinstance(d, int):
                 fail("dim to be an int or a sequence of ints", type(d).__name__, kind=InitPerfTypeError)

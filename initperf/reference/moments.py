@@ -33,9 +33,9 @@ def _channels(x: torch.Tensor, shape: Shape, order: int, correction: float) -> t
     size = torch.exp2(x.abs().amax(1, keepdim=True).clamp(1e-290).log2().ceil()) if a * i else x.new_ones(c, 1)
     z = x / size
     origin = z.sum(1, keepdim=True) / count[:, None]
-    rest = (z - origin).where(finite, 0)
-    origin = origin + rest.sum(1, keepdim=True) / count[:, None]  # the rounding of the first sum
     d = (z - origin).where(finite, 0)
+    rest = d.sum(1, keepdim=True) / count[:, None]  # the rounding of the first sum
+    origin, d = origin + rest, (d - rest).where(finite, 0)
     m2, m3, m4 = (d.pow(k).sum(1) / count for k in (2, 3, 4))
     none, scale = count == 0, size[:, 0]
     if a * i:
@@ -45,7 +45,7 @@ def _channels(x: torch.Tensor, shape: Shape, order: int, correction: float) -> t
         mean = (origin[:, 0] * scale).where(~flat, low)
     else:
         low, high, mean = (x.new_full((c,), torch.nan) for _ in range(3))
-    zeros = ((x == 0) & finite).sum(1) / count
+    zeros = ((x == 0) & finite).sum(1).double() / count
     skew, kurtosis = m3 / m2.sqrt().pow(3), m4 / m2.square()
     m2 = m2 * scale * scale
     var = m2 * (count / (count - correction).clamp(min=0))

@@ -44,6 +44,8 @@ CHUNK_ROWS = 1024  # rows of a task that reads LANES neighbouring columns
 AHEAD = 2048  # bytes; 512 and 8192 are slower
 TASK_COST = 512  # what a task costs beside its values, in values
 SERIAL_COST = 1 << 17  # in values; below this a parallel call costs more than it saves
+BLOCK = 64  # vectors of float64 that are summed before they are added to the rest
+CARRIED = 4  # rows of sums of the blocks before, after S4
 PROBE = 16  # vectors that tell where the values lie
 ATTEMPTS = 6  # the worst needs 4: as it comes, without non-finite values, then scaled, then about its mean
 
@@ -159,24 +161,38 @@ def _fold(sums):
 
 
 @jit(error_model="numpy")
+def _run(read, kind, order, mode, address, steps, stride, lanes, ahead, sums):
+    """lane_sums, in float64 by blocks, so that a sum has tens of roundings and not thousands."""
+    out, block = uintp(sums.ctypes.data), BLOCK if kind == FLOAT64 else steps
+    for start in range(0, steps, max(block, 1)):
+        if start:
+            for row in range(S1, S4 + 1):
+                for i in range(LANES):
+                    sums[row + CARRIED, i] += sums[row, i]
+                    sums[row, i] = 0.0
+        here, count = uintp(address + start * stride), uintp(min(block, steps - start))
+        args = uintp(kind), uintp(order), uintp(mode), here, count, uintp(stride), uintp(lanes), uintp(ahead), out
+        call_lane_sums(uintp(read), args)
+    if steps > block:
+        for row in range(S1, S4 + 1):
+            for i in range(LANES):
+                sums[row, i] += sums[row + CARRIED, i]
+                sums[row + CARRIED, i] = 0.0
+
+
+@jit(error_model="numpy")
 def _read(s, read, order, mode, address, pieces, length, lanes, sums):
     """Add `pieces` rows of `lanes` columns, or `pieces` runs of `length` values, to `sums`."""
-    kind, out, wide = uintp(s[KIND]), uintp(sums.ctypes.data), uintp(LANES * s[SIZE])
+    wide = LANES * s[SIZE]
     if s[ACROSS]:
-        step, ahead = uintp(s[STEP_A]), uintp(2) * wide
-        call_lane_sums(
-            uintp(read), (kind, uintp(order), uintp(mode), address, uintp(pieces), step, uintp(lanes), ahead, out)
-        )
+        _run(read, s[KIND], order, mode, address, pieces, s[STEP_A], lanes, 2 * wide, sums)
         return
-    whole, rest = uintp(length // LANES), uintp(length % LANES)
+    whole, rest = length // LANES, length % LANES
     for _ in range(pieces):
-        call_lane_sums(
-            uintp(read), (kind, uintp(order), uintp(mode), address, whole, wide, uintp(LANES), uintp(AHEAD), out)
-        )
+        _run(read, s[KIND], order, mode, address, whole, wide, int64(LANES), int64(AHEAD), sums)
         if rest:
-            last = address + whole * wide
-            call_lane_sums(uintp(read), (kind, uintp(4), uintp(MASKED), last, uintp(1), wide, rest, uintp(0), out))
-        address += uintp(s[STEP_A])
+            _run(read, s[KIND], int64(4), int64(MASKED), address + whole * wide, int64(1), wide, rest, int64(0), sums)
+        address += s[STEP_A]
 
 
 @jit(error_model="numpy")
@@ -192,7 +208,7 @@ def _task(s, read, order, task, sums, records):
         first, start, lanes = chunk // s[CUTS] * s[PIECES], chunk % s[CUTS] * s[LENGTH], int64(1)
         length = min(s[LENGTH], s[I] - start)
     pieces = min(s[PIECES], s[A] - first)
-    address = uintp(s[ADDRESS] + first * s[STEP_A] + channel * s[STEP_C] + start * s[SIZE])
+    address = s[ADDRESS] + first * s[STEP_A] + channel * s[STEP_C] + start * s[SIZE]
     index = s[FIRST_RECORD] + chunk * s[C] + channel
 
     _place(sums, 0.0, 1.0)
@@ -247,7 +263,7 @@ def _task_at(plan, cost):
 
 @jit(error_model="numpy")
 def _read_share(plan, read, order, worker, workers, records):
-    total, sums = plan[-1, FIRST_COST], np.empty((ROWS, LANES))
+    total, sums = plan[-1, FIRST_COST], np.zeros((ROWS + CARRIED, LANES))
     end = plan[-1, FIRST_TASK] if worker + 1 == workers else _task_at(plan, total * (worker + 1) // workers)
     task = _task_at(plan, total * worker // workers)
     t = _segment_of(plan, int64(FIRST_TASK), task)
