@@ -36,7 +36,7 @@ class TicketSearch:
             run.log(iteration, val_loss=..., test_accuracy=...)      # now and then
 
     make_model: () -> nn.Module; the search initializes it: `init` is a scheme of initperf.init.initialize, or a function
-    (model, seed). fractions: pruned a round, of the survivors, by glob over the weights of linear and convolution layers
+    (model, seed), which may return what initialize returned. fractions: pruned a round, of the survivors, by glob over the weights of linear and convolution layers
     (the last glob that matches counts). Controls at every level: "reinit" (the ticket's mask, fresh weights), "sign-reinit"
     (fresh magnitudes, the initial signs), "shuffle" (mask permuted within each layer, initial weights kept), "random" (a
     mask of equal layer densities and fresh weights), "small-dense" (`make_small(survivors)`, a dense network of about as
@@ -176,17 +176,15 @@ class TicketSearch:
             rewind_point=(self.rewind_to, self.folder.rewind_point(network.trial)) if keeps_point else None,
         )
 
-    def _fresh(self, make: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, dict[str, Init] | None]:
+    def _fresh(self, make: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Mapping[str, Init] | None]:
         """A model of `make` initialized from `seed`, and how, where initialize told."""
         torch.manual_seed(seed)
         model = make()
         check(isinstance(model, nn.Module), "make_model() to return a torch.nn.Module", type(model).__name__)
-        if callable(self.init):
-            self.init(model, seed)
-            return model, None
-        return model, initialize(model, self.init, seed=seed)
+        told = self.init(model, seed) if callable(self.init) else initialize(model, self.init, seed=seed)
+        return model, told if isinstance(told, Mapping) and getattr(told, "seed", None) == seed else None
 
-    def _at_start(self, trial: int, level: int) -> tuple[nn.Module, dict[str, Init] | None]:
+    def _at_start(self, trial: int, level: int) -> tuple[nn.Module, Mapping[str, Init] | None]:
         """The unpruned model as the tickets of this level start: initialized, or rewound to iteration `rewind_to`."""
         model, inits = self._fresh(self.make_model, derive_seed(self.seed, trial, "init"))
         if not level or not self.rewind_to:
@@ -212,8 +210,7 @@ class TicketSearch:
 
     def _write_ticket(self, trial: int, level: int, masks: dict[str, Tensor]) -> None:
         model, inits = self._at_start(trial, level)
-        seed = derive_seed(self.seed, trial, "init") if inits else None
-        ticket = Ticket.from_model(model, masks=masks, seed=seed, inits=inits, recipe=self._ticket_recipe(trial, level))
+        ticket = Ticket.from_model(model, masks=masks, inits=inits, recipe=self._ticket_recipe(trial, level))
         ticket.save(self.folder.ticket(trial, level))
 
     def _ticket_recipe(self, trial: int, level: int) -> dict[str, Any]:

@@ -80,13 +80,16 @@ class Ticket:
     ) -> Ticket:
         """The ticket of `model`: its masks (the layers' own, or `masks`) and initial weights.
 
-        Initial weights are `weights` (name -> dense tensor), else what `seed` and `inits` give, else the model's present
-        values. A parameter whose bits `seed` and `inits` give back costs no bytes; of others the survivors are stored.
+        Initial weights are `weights` (name -> dense tensor), else what `inits` gives (the result of initperf.init.initialize,
+        or name -> Init with a `seed`), else the model's present values. A parameter whose bits come back from the seed costs
+        no bytes; of others the survivors are stored.
         """
         found = named_parameters(model)
         given = {canonical(n): t for n, t in weights.items()} if weights is not None else None
         chosen = model_masks(model) if masks is None else {canonical(n): m for n, m in masks.items()}
+        given_inits = inits
         inits = {canonical(n): i for n, i in (inits or {}).items() if i.function in _KNOWN}
+        seed = getattr(given_inits, "seed", None) if seed is None else seed
         if inits:
             check(seed is not None, "a seed, since inits are given", None)
             check_seed(seed)

@@ -166,6 +166,7 @@ def test_an_interrupted_run_ends_in_the_same_bits(finished, tmp_path):
         assert rows(tmp_path / "run", table) == rows(finished[0], table)
 
 
+@pytest.mark.filterwarnings("error:a worker process")
 def test_worker_processes_do_not_change_the_results(finished, tmp_path):
     run_ticket(out=tmp_path / "run", **TINY, workers=3)
     for table in ("results.csv", "curves.csv"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -204,6 +205,9 @@ def _workers(count: int, folder: Path, data_dir: str | Path | None) -> Iterator[
     started = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(count)]
     try:
         yield
+        for process in started:
+            if process.poll():  # what it had begun was done here
+                warnings.warn(f"a worker process ended with exit code {process.returncode}", stacklevel=2)
     finally:
         for process in started:
             if process.stdin:
