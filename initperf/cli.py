@@ -152,6 +152,57 @@ def _show_run(folder: Path, compare: Path | None = None) -> None:
 
 
 @app.command()
+def variance(
+    out: Annotated[Path, typer.Option(help="Folder for variance.csv and variance.png.")] = Path("runs/variance"),
+    depth: Annotated[int, typer.Option(min=2, help="Hidden layers.")] = 50,
+    width: Annotated[int, typer.Option(min=1, help="Units of a hidden layer.")] = 100,
+    inputs: Annotated[int, typer.Option(min=1, help="Dimensions of the input.")] = 100,
+    batch: Annotated[int, typer.Option(min=2, help="Inputs, standard normal.")] = 1000,
+    variances: Annotated[str, typer.Option(help="Variances of a weight, with commas.")] = "0.001,0.01,0.02,0.1,1",
+    init: Annotated[
+        str,
+        typer.Option(help="Named initializations beside them, with commas: default (PyTorch's), kaiming_normal, ..."),
+    ] = "default",
+    activation: Annotated[str, typer.Option(help="relu, leaky_relu, tanh, gelu, selu, linear.")] = "relu",
+    density: Annotated[float, typer.Option(help="Surviving fraction of every weight matrix.")] = 1.0,
+    mask: Annotated[str, typer.Option(help="What survives: random or magnitude.")] = "random",
+    rescale: Annotated[str | None, typer.Option(help="Make up for the pruned: layer, unit, squares, measured.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Nets to average over.")] = 5,
+    seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
+) -> None:
+    """Reproduce figure 7.4: the variance of activations and gradients by layer, measured and predicted."""
+    from initperf.checks import fail
+    from initperf.experiments.variance import run_variance
+    from initperf.findings import variance_tables
+    from initperf.terminal import open_console, show
+
+    try:
+        chosen = [float(v) for v in variances.split(",") if v]
+    except ValueError:
+        fail("--variances to be numbers with commas between them", repr(variances))
+    console = open_console()
+    with console.status("measuring"):
+        found = run_variance(
+            out,
+            depth=depth,
+            width=width,
+            inputs=inputs,
+            batch=batch,
+            variances=chosen,
+            init=[name for name in init.split(",") if name not in ("", "none")],
+            activation=activation,
+            density=density,
+            mask=mask,
+            rescale=rescale,
+            seeds=seeds,
+            seed=seed,
+        )
+    for table in variance_tables(found.table(), found.summary()):
+        show(console, table)
+    console.print(f"Every layer: {out / 'variance.csv'}\nFigure: {out / 'variance.png'}", soft_wrap=True, markup=False)
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder of `initperf ticket`.")],
     compare: Annotated[

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from initperf import __version__, ops, rng
-from initperf.findings import NONE, Table, joined, size
+from initperf.findings import NONE, Table, joined, percent, size
+from initperf.selfcheck import agrees
 
 PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib")
 REGISTERING = ("init", "masked", "prune", "stats")  # modules that enter ops into ops.MODULES
@@ -42,6 +41,7 @@ def examine(check: bool = True) -> dict[str, Any]:
         "threads": {"torch": torch.get_num_threads(), "numba": _numba_threads()},
         "gpus": _gpus(),
         "ops": {name: _op(name, check) for name in sorted(ops.MODULES)},
+        "sparse_below_density": _break_even(),
         "cache": _cache(),
     }
     found["advice"] = _advice(found)
@@ -121,76 +121,30 @@ def _op(name: str, check: bool) -> dict[str, Any]:
     """Backends of one op by device; `equal`: whether they agree with the reference (None: not checked)."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     found: dict[str, Any] = {"backend": {device: ops.backend_of(name, device) for device in devices}, "equal": None}
-    if not check or name not in CHECKS:
+    if not check:
         return found
     start = time.perf_counter()
     try:
-        expected = CHECKS[name](_launcher(name, "reference"), "cpu")
-        got = {device: CHECKS[name](_launcher(name, backend), device) for device, backend in found["backend"].items()}
-        found["equal"] = all(_same(expected, tensors) for tensors in got.values())
+        found["equal"] = agrees(name, found["backend"])
     except Exception as error:  # a doctor reports what is broken, whatever it is
         found |= {"equal": False, "error": f"{type(error).__name__}: {error}"}
     found["seconds"] = round(time.perf_counter() - start, 3)
     return found
 
 
-def _launcher(name: str, backend: str) -> Callable[..., Any]:
-    package = {"reference": "initperf.reference", "numba": "initperf.kernels.cpu", "triton": "initperf.kernels.gpu"}
-    return getattr(import_module(f"{package[backend]}.{ops.MODULES[name]}"), name)
+def _break_even() -> dict[str, float]:
+    """Density below which MaskedLinear runs the sparse kernel on the CPU, by batch rows: float32, a 1024 x 1024 weight."""
+    from initperf.masked_ops import choose
 
-
-def _same(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
-    """Equal in every bit: the inputs of CHECKS are such that every sum is exact in any order."""
-    return len(expected) == len(got) and all(
-        a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(expected, got, strict=True)
-    )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.view(words[tensor.element_size()]) if tensor.is_floating_point() else tensor
-
-
-def _integers(*shape: int, device: str) -> Tensor:
-    """float32 whole numbers from -3 to 3."""
-    return (torch.arange(torch.Size(shape).numel()) * 5 % 7 - 3).float().view(shape).to(device)
-
-
-def _check_sample(launch: Callable[..., Any], device: str) -> list[Tensor]:
-    distributions = [rng.uniform(-1, 1, torch.float32), rng.normal(0, 1), rng.trunc_normal(0, 1, -2, 2, torch.float32)]
-    return [launch(torch.empty(2500, device=device), *which, 7, 3) for which in distributions]
-
-
-def _check_orthogonal(launch: Callable[..., Any], device: str) -> list[Tensor]:
-    return [launch(_integers(40, 24, device=device))]
-
-
-def _check_kth_smallest(launch: Callable[..., Any], device: str) -> list[Tensor]:
-    values = [_integers(31, 10, device=device), _integers(7, device=device)]
-    return [launch(values, [v > -2 for v in values], 100), launch(values, None, 100)]
-
-
-def _check_cut(launch: Callable[..., Any], device: str) -> list[Tensor]:
-    values = [_integers(31, 10, device=device), _integers(7, device=device)]
-    alive = [v > -2 for v in values]
-    selection = import_module("initperf.reference.select").kth_smallest(values, alive, 100)
-    return list(launch(values, alive, selection))
-
-
-def _check_moments(launch: Callable[..., Any], device: str) -> list[Tensor]:
-    x = _integers(8, 4, 64, device=device)
-    counts, values = launch([x, x], [(1, 1, 2048, 2048, 2048), (8, 4, 64, 256, 64)], 4, 0.0)
-    return [counts, values.float()]  # to float32: quotients and roots may differ in the last bits
-
-
-CHECKS: dict[str, Callable[[Callable[..., Any], str], list[Tensor]]] = {
-    "sample_": _check_sample,
-    "orthogonal_": _check_orthogonal,
-    "kth_smallest": _check_kth_smallest,
-    "cut": _check_cut,
-    "moments": _check_moments,
-}
+    shape, found = torch.Size((1024, 1024)), {}
+    for rows in (1, 16, 64, 256):
+        low, high = 0, shape.numel()  # survivors: sparse at low, dense at high
+        while high - low > 1:
+            middle = (low + high) // 2
+            pattern = [torch.empty(middle, device="meta")] * 2
+            low, high = (middle, high) if choose(rows, shape, torch.float32, "cpu", pattern) else (low, middle)
+        found[str(rows)] = low / shape.numel()
+    return found
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
@@ -245,7 +199,16 @@ def tables(found: dict[str, Any]) -> list[Table]:
         [name, op["backend"]["cpu"], op["backend"].get("cuda", NONE), op.get("error") or words[op["equal"]]]
         for name, op in found["ops"].items()
     ]
+    limits = ", ".join(f"{percent(d)} (batch {rows})" for rows, d in found["sparse_below_density"].items())
+    notes = [
+        f"The masked products run as sparse kernels on the CPU below these densities, as dense ones above: {limits}."
+    ]
     return [
         Table("This machine", ["", ""], about, []),
-        Table("Ops", ["op", "CPU", "GPU", "equals the reference"], rows, found["advice"] or ["Nothing is missing."]),
+        Table(
+            "Ops",
+            ["op", "CPU", "GPU", "equals the reference"],
+            rows,
+            notes + (found["advice"] or ["Nothing is missing."]),
+        ),
     ]

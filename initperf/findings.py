@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from initperf.results import NAMES, Difference, Reach, Run, Spread
 
 NONE = "–"
+DENSE_LIBRARIES = {"mkl", "cublas"}  # backends of masked products that run dense by choice
 
 
 class Table(NamedTuple):
@@ -230,7 +231,11 @@ def backends(run: Run) -> tuple[Table | None, str]:
     if slow:
         said = f"{joined(slow)} ran on the plain-torch reference: correct, but slow (see `initperf doctor`)."
     else:
-        said = f"All {count_of(len(ops), 'op')} ran on compiled kernels, none on the reference."
+        said = f"None of the {count_of(len(ops), 'op')} ran on the plain-torch reference."
+    dense = sum(calls for used in ops.values() for backend, calls in used.items() if backend in DENSE_LIBRARIES)
+    if dense:
+        share = dense / sum(sum(used.values()) for used in ops.values() if used.keys() & DENSE_LIBRARIES)
+        said += f" The masked products chose the dense product in {percent(share, 0)} of their calls, where it is the faster one."
     return Table("Ops", ["op", "backend", "calls"], rows, [said]), said
 
 
@@ -238,3 +243,29 @@ def tables(run: Run) -> list[Table]:
     """All tables of a run, in reading order."""
     found = [levels_table(run), steps_table(run), files_table(run), backends(run)[0]]
     return [table for table in found if table]
+
+
+def variance_tables(layers: list[dict[str, Any]], factors: list[dict[str, Any]]) -> list[Table]:
+    """Of the rows of a VarianceResult: some layers of every initialization, and the factors from a layer to the next."""
+    last = max(row["layer"] for row in layers)
+    shown = {1 + round(i * (last - 1) / 5) for i in range(6)}
+    ways = ("forward", "backward")
+    rows = [
+        [row["init"] if row["layer"] == 1 else "", str(row["layer"])]
+        + [f"{row[way + suffix]:.3g}" for way in ways for suffix in ("", "_expected")]
+        for row in layers
+        if row["layer"] in shown
+    ]
+    sums = [
+        [row["init"]] + [f"{row[f'{way}_factor{suffix}']:.4g}" for way in ways for suffix in ("", "_expected")]
+        for row in factors
+    ]
+    columns = ["forward", "predicted", "backward", "predicted"]
+    notes = [
+        "Variance of the pre-activations and of the loss gradients by them: mean over the nets, and the analytic value."
+    ]
+    level = ["Per layer; 1 keeps the variance level. Backward: towards the input."]
+    return [
+        Table("Variance by layer", ["weights", "layer", *columns], rows, notes),
+        Table("Factor from a layer to the next", ["weights", *columns], sums, level),
+    ]

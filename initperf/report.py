@@ -118,7 +118,7 @@ def _facts(run: Run) -> str:
         facts.append(
             (
                 f"{total:,}",
-                "calls of our own ops, " + (f"{slow:,} on the reference" if slow else "none on the reference"),
+                "calls of ops, " + (f"{slow:,} on the reference" if slow else "none on the reference"),
             )
         )
     if "seconds" in run.summary:

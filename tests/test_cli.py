@@ -302,12 +302,12 @@ def test_doctor_says_what_is_slow_and_what_to_do(call, monkeypatch):
 
 
 def test_doctor_fails_when_a_kernel_disagrees(call, monkeypatch):
-    from initperf import doctor
+    from initperf import selfcheck
 
     def wrong(launch, device):
         return [torch.zeros(1) if "reference" in launch.__module__ else torch.tensor([-0.0])]
 
-    monkeypatch.setitem(doctor.CHECKS, "sample_", wrong)
+    monkeypatch.setitem(selfcheck.CHECKS, "sample_", wrong)
     code, out, _ = call("doctor", "--json")
     assert code == 1
     assert json.loads(out)["ops"]["sample_"]["equal"] is False

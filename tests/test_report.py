@@ -161,11 +161,19 @@ def test_stretches_of_levels_are_named_by_their_ends(tmp_path):
 
 
 def test_an_op_that_ran_on_the_reference_is_named(folder):
-    assert "none on the reference" in backends(read_run(folder))[1]
+    assert backends(read_run(folder))[1] == "None of the 2 ops ran on the plain-torch reference."
     ops = {"sample_": {"numba": 3}, "moments": {"numba": 3, "reference": 1}}
     (folder / "summary.json").write_text(json.dumps({"ops": ops}))
     said = backends(read_run(folder))[1]
     assert said.startswith("moments ran on the plain-torch reference")
+
+
+def test_dense_products_chosen_on_purpose_are_counted_and_are_not_the_reference(folder):
+    ops = {"sample_": {"numba": 9}, "masked_linear": {"numba": 30, "mkl": 10}}
+    (folder / "summary.json").write_text(json.dumps({"ops": ops}))
+    said = backends(read_run(folder))[1]
+    assert said.startswith("None of the 2 ops ran on the plain-torch reference.")
+    assert "dense product in 25% of their calls" in said
 
 
 def test_a_masked_step_slower_than_dense_is_said_to_be(folder):

@@ -1,0 +1,111 @@
+"""Does every op's kernel agree with its reference on this machine? Small inputs whose sums are exact in any order, so bits must be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from initperf import ops, rng
+
+Check = Callable[[Callable[..., Any], str], list[Tensor]]  # (launcher, device) -> outputs to compare
+_PACKAGES = {"reference": "initperf.reference", "numba": "initperf.kernels.cpu", "triton": "initperf.kernels.gpu"}
+
+
+def agrees(name: str, backends: dict[str, str]) -> bool | None:
+    """Whether op `name` gives the reference's bits on each device of {device: backend}; None where there is no check for it."""
+    if name not in CHECKS:
+        return None
+    expected = CHECKS[name](_launcher(name, "reference"), "cpu")
+    return all(_same(expected, CHECKS[name](_launcher(name, backend), device)) for device, backend in backends.items())
+
+
+def _launcher(name: str, backend: str) -> Callable[..., Any]:
+    return getattr(import_module(f"{_PACKAGES[backend]}.{ops.MODULES[name]}"), name)
+
+
+def _same(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
+    return len(expected) == len(got) and all(
+        a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(expected, got, strict=True)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.view(words[tensor.element_size()]) if tensor.is_floating_point() else tensor
+
+
+def _integers(*shape: int, device: str) -> Tensor:
+    """float32 whole numbers from -3 to 3."""
+    return (torch.arange(torch.Size(shape).numel()) * 5 % 7 - 3).float().view(shape).to(device)
+
+
+def _check_sample(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    distributions = [rng.uniform(-1, 1, torch.float32), rng.normal(0, 1), rng.trunc_normal(0, 1, -2, 2, torch.float32)]
+    return [launch(torch.empty(2500, device=device), *which, 7, 3) for which in distributions]
+
+
+def _check_orthogonal(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    return [launch(_integers(40, 24, device=device))]
+
+
+def _check_kth_smallest(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    values = [_integers(31, 10, device=device), _integers(7, device=device)]
+    return [launch(values, [v > -2 for v in values], 100), launch(values, None, 100)]
+
+
+def _check_cut(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    values = [_integers(31, 10, device=device), _integers(7, device=device)]
+    alive = [v > -2 for v in values]
+    selection = import_module("initperf.reference.select").kth_smallest(values, alive, 100)
+    return list(launch(values, alive, selection))
+
+
+def _check_moments(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    x = _integers(8, 4, 64, device=device)
+    counts, values = launch([x, x], [(1, 1, 2048, 2048, 2048), (8, 4, 64, 256, 64)], 4, 0.0)
+    return [counts, values.float()]  # to float32: quotients and roots may differ in the last bits
+
+
+def _masked(device: str) -> dict[str, Tensor]:
+    """Operands of the masked products."""
+    mask = (torch.arange(80 * 300) * 7919 % 100 < 12).view(80, 300).to(device)
+    x, dy, bias = (_integers(*shape, device=device) for shape in ((20, 300), (20, 80), (80,)))
+    return {
+        "x": x,
+        "dy": dy,
+        "bias": bias,
+        "mask": mask,
+        "weight": torch.where(mask, _integers(80, 300, device=device), 0),
+    }
+
+
+def _check_masked(name: str, launch: Callable[..., Any], device: str) -> list[Tensor]:
+    """One of the three products, or the index that they read."""
+    given, package = _masked(device), launch.__module__.rpartition(".")[0]
+    make_pattern = import_module(f"{package}.pattern").pattern_tensors
+    product = import_module(f"{package}.masked_matmul").masked_linear if name == "pattern_tensors" else launch
+    pattern = make_pattern(given["mask"])
+    if name == "masked_grad_input":
+        return [launch(given["dy"], given["weight"], given["mask"], pattern, True)]
+    if name == "masked_grad_weight":
+        return [launch(given["dy"], given["x"], given["mask"], pattern)]
+    return [product(given["x"], given["weight"], given["bias"], given["mask"], pattern, True)]
+
+
+CHECKS: dict[str, Check] = {
+    "sample_": _check_sample,
+    "orthogonal_": _check_orthogonal,
+    "kth_smallest": _check_kth_smallest,
+    "cut": _check_cut,
+    "moments": _check_moments,
+    "pattern_tensors": partial(_check_masked, "pattern_tensors"),
+    "masked_linear": partial(_check_masked, "masked_linear"),
+    "masked_grad_input": partial(_check_masked, "masked_grad_input"),
+    "masked_grad_weight": partial(_check_masked, "masked_grad_weight"),
+}
