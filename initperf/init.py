@@ -1,6 +1,7 @@
 """torch.nn.init, faster and the same bits everywhere: `from initperf import init` instead of `from torch.nn import init`.
 
-What samples comes from initperf.sampling; what does not is torch's own object. Beyond torch's names: sample_into.
+What samples comes from initperf.sampling; what does not is torch's own object. Beyond torch's names:
+initialize, fast_init, sample_into and sample_shard_into.
 """
 
 # ruff: noqa: F401 -- re-exports; __all__ starts from torch's own list
@@ -20,6 +21,8 @@ from torch.nn.init import (
     zeros_,
 )
 
+from initperf.fast_init import fast_init
+from initperf.model_init import Initialized, initialize
 from initperf.sampling import (
     kaiming_normal,
     kaiming_normal_,
@@ -30,6 +33,7 @@ from initperf.sampling import (
     orthogonal,
     orthogonal_,
     sample_into,
+    sample_shard_into,
     sparse,
     sparse_,
     trunc_normal_,
@@ -40,5 +44,6 @@ from initperf.sampling import (
     xavier_uniform,
     xavier_uniform_,
 )
+from initperf.schemes import Init
 
-__all__ = [*_torch_init.__all__, "sample_into"]
+__all__ = [*_torch_init.__all__, "Init", "Initialized", "fast_init", "initialize", "sample_into", "sample_shard_into"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +75,11 @@ def is_plain(tensor: Any) -> bool:
     )
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, without importing torch.distributed."""
+    return hasattr(tensor, "device_mesh")
+
+
 def _as_torch(function: Callable[..., Tensor], tensor: Any, seed: int | None, **arguments: Any) -> Tensor:
     """What torch does with a tensor that is not plain. A mode (torch.device as a context is one) sees our function and its arguments."""
     if type(tensor) in _TYPES and has_torch_function_variadic(tensor):
@@ -123,6 +128,60 @@ def write(tensor: Tensor, distribution: Distribution, seed: int, stream: int) ->
     values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device if device == "cuda" else "cpu")
     with torch.no_grad():
         return tensor.copy_(write(values, distribution, seed, stream))
+
+
+def write_shard(
+    tensor: Tensor, distribution: Distribution, shape: Sequence[int], start: Sequence[int], seed: int, stream: int
+) -> Tensor:
+    """Sample the part of a whole of `shape` that begins at `start` into a plain tensor; nothing is checked."""
+    if not tensor.is_contiguous():
+        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        with torch.no_grad():
+            return tensor.copy_(write_shard(values, distribution, shape, start, seed, stream))
+    cut = [d for d, (part, whole) in enumerate(zip(tensor.shape, shape, strict=True)) if part != whole]
+    steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+
+    def fill(part: Tensor, d: int, offset: int) -> None:
+        """The dimensions from d on. Cut in dimension d and one more, the runs begin at equal distances."""
+        if sum(c > d for c in cut) > 1:
+            for i in range(part.shape[0]):
+                fill(part[i], d + 1, offset + (start[d] + i) * steps[d])
+            return
+        last = max((c for c in cut if c >= d), default=None)
+        run = -1 if last is None else tensor.shape[last] * steps[last]
+        stride = 0 if last is None else shape[last] * steps[last]
+        offset += sum(start[e] * steps[e] for e in range(d, len(shape)))
+        op(part, *distribution, seed, stream, offset, run, stride)
+
+    op = ops.implementation("sample_", tensor.device.type)
+    if tensor.numel():
+        fill(tensor, 0, 0)
+        _written((tensor,))
+    return tensor
+
+
+def sample_shard_into(
+    tensor: Tensor,
+    distribution: Distribution,
+    shape: Sequence[int],
+    start: Sequence[int],
+    *,
+    seed: int,
+    stream: int = 0,
+) -> Tensor:
+    """whole[start[0] : start[0] + tensor.shape[0], ...] of sample_into on a tensor of `shape`, without the whole. Returns the tensor.
+
+    For sharded weights: any block, rows, columns or both. Raises as sample_into does, and if the block is not inside.
+    """
+    if len(shape) != tensor.dim() or len(start) != tensor.dim():
+        fail(f"shape and start of {tensor.dim()} dimensions", f"{tuple(shape)} and {tuple(start)}")
+    if any(s < 0 or s + part > whole for s, part, whole in zip(start, tensor.shape, shape, strict=True)):
+        fail(f"a block inside {tuple(shape)}", f"{tuple(tensor.shape)} from {tuple(start)}")
+    check_seed(seed)
+    check_seed(stream, "stream")
+    if not is_plain(tensor):
+        return sample_into(tensor, distribution, seed=seed, stream=stream)
+    return write_shard(tensor, distribution, shape, start, seed, stream)
 
 
 def _seed(generator: Generator | None, seed: int | None) -> int:

@@ -1,0 +1,161 @@
+"""What initialize will do with every parameter, decided and checked before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from initperf import rng, schemes
+from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
+from initperf.sampling import is_plain, is_sharded
+from initperf.schemes import Init, Place
+
+Choice = str | Init | rng.Distribution | float | None
+Scheme = Choice | Callable[[str, Tensor, nn.Module], Choice]
+_CHOICES = f"one of {', '.join(schemes.NAMES)}, an Init, a Distribution, a number or None"
+
+
+@dataclass
+class Task:
+    """One parameter and what it will get: a distribution, its present values (keep), or its module's own reset (reset)."""
+
+    place: Place
+    shape: tuple[int, ...]
+    init: Init | None = None
+    distribution: rng.Distribution | None = None
+    keep: bool = False
+    reset: tuple[str, nn.Module, str] | None = None
+    ruled: bool = False
+    mask: Tensor | None = None
+    text: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+
+def plan(model: nn.Module, scheme: Scheme, rules: Mapping[str, Scheme]) -> list[Task]:
+    """A task for every parameter, checked; nothing is touched."""
+    tasks: dict[int, Task] = {}
+    names: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    residual = schemes.residual_projections(model)
+    for full, parameter in model.named_parameters():
+        name = rng.canonical_name(full)
+        check(bool(name), "parameters with a name", repr(full))
+        check(name not in names, "parameters of different names without wrappers' parts", f"{names.get(name)}, {full}")
+        names[name] = full
+        if isinstance(parameter, UninitializedParameter):
+            fail(f"{full} to have a shape: run a forward pass of the lazy module first", "an uninitialized parameter")
+        path, leaf = _owner(full)
+        tasks[id(parameter)] = Task(Place(name, parameter, modules[path], path, leaf, residual), tuple(parameter.shape))
+    for pattern in rules:
+        check(any(fnmatchcase(n, pattern) for n in names), f"rules to match a parameter of {_some(names)}", pattern)
+
+    by_itself, resets = _own(model, tasks)
+    for key, task in tasks.items():
+        chosen = [rule for pattern, rule in rules.items() if fnmatchcase(task.name, pattern)]
+        task.ruled = bool(chosen)
+        _decide(task, chosen[-1] if chosen else scheme, by_itself.get(key), resets.get(key))
+    return list(tasks.values())
+
+
+def _owner(full: str) -> tuple[str, str]:
+    """Module path and canonical leaf of a parameter; a parametrized one belongs to the layer, not to its ParametrizationList."""
+    path, _, leaf = full.rpartition(".")
+    if leaf == "original" and ".parametrizations." in f".{path}":
+        path, _, leaf = path.rpartition(".")
+        path = path.rpartition("parametrizations")[0].rstrip(".")
+    return path, rng.canonical_name(leaf)
+
+
+def _some(names: Mapping[str, str]) -> str:
+    return ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def _own(model: nn.Module, tasks: Mapping[int, Task]) -> tuple[dict[int, Init], dict[int, tuple[str, nn.Module, str]]]:
+    """By parameter: its class's own distribution (a parent's word after its child's), or the reset function that sets it."""
+    inits: dict[int, Init] = {}
+    resets: dict[int, tuple[str, nn.Module, str]] = {}
+    named = {(t.place.path, t.place.leaf): key for key, t in tasks.items()}
+    for path, module in reversed(list(model.named_modules())):
+        reset = schemes.custom_reset(module)
+        if reset is not None:
+            resets |= {id(p): (path, module, reset) for p in module.parameters(recurse=False) if id(p) in tasks}
+            continue
+        for below, init in schemes.own(module).items():
+            child, leaf = _owner(f"{path}.{below}" if path else below)
+            key = named.get((child, leaf))
+            if key is not None:
+                inits[key] = init
+    return inits, resets
+
+
+def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str, nn.Module, str] | None) -> None:
+    place = task.place
+    choice = scheme(task.name, place.parameter, place.module) if callable(scheme) else scheme
+    if isinstance(choice, bool) or not (
+        choice is None or isinstance(choice, (str, Init, rng.Distribution, int, float))
+    ):
+        fail(f"the scheme of {task.name} to be {_CHOICES}", f"{choice!r}", kind=InitPerfTypeError)
+    if isinstance(choice, str) and choice not in schemes.NAMES:
+        fail(f"the scheme of {task.name} to be {_CHOICES}", repr(choice))
+    if choice == "keep":
+        check(not place.parameter.is_meta, f"values to keep in {task.name}", "a parameter on the meta device")
+        task.keep, task.text = True, "kept"
+        return
+    check_float_tensor(place.parameter, task.name)
+    with torch._C.DisableTorchFunction():  # torch.device as a context keeps no parameter from being plain
+        if not (is_plain(place.parameter) or place.parameter.is_meta or is_sharded(place.parameter)):
+            fail(f"{task.name} to be a plain tensor, or scheme 'keep'", type(place.parameter).__name__)
+    if isinstance(choice, rng.Distribution):
+        task.distribution, task.text = choice, f"kind {choice.kind} {choice.params}"
+        return
+    if choice in (None, "torch"):
+        if reset is not None:
+            task.reset, task.text = reset, f"{type(reset[1]).__name__}.{reset[2]}()"
+            return
+        task.init = by_itself
+    elif isinstance(choice, Init):
+        task.init = choice.check(task.name)
+    elif isinstance(choice, str):
+        task.init = schemes.named(choice, place, by_itself)
+    else:
+        task.init = schemes.constant(float(choice))
+    if task.init is None:
+        fail(
+            f"a rule for {task.name}, a parameter of shape {task.shape} of {type(place.module).__name__}, which "
+            f"scheme {choice!r} says nothing about (rules={{{task.name!r}: ...}})",
+            "none",
+        )
+    if task.init.function == "orthogonal":
+        check(len(task.shape) >= 2, f"two dimensions or more for orthogonal {task.name}", task.shape)
+    elif place.parameter.numel():
+        task.distribution = task.init.distribution(place.parameter.dtype)
+    task.text = str(task.init)
+
+
+def attach_masks(tasks: list[Task], masks: Mapping[str, Tensor], rescale: str | None) -> None:
+    """Each task's mask: the one given, else its layer's own `<name>_mask`. Checks what `rescale` needs."""
+    given = {rng.canonical_name(name): mask for name, mask in masks.items()}
+    known = {t.name: t for t in tasks}
+    for name, mask in given.items():
+        check(name in known, f"masks of parameters of the model ({_some(dict.fromkeys(known, ''))})", name)
+        check_mask(mask, known[name].shape, f"masks[{name!r}]")
+    for task in tasks:
+        layers = getattr(task.place.module, f"{task.place.leaf}_mask", None)
+        if task.name in given:
+            task.mask = given[task.name].to(task.place.parameter.device)
+        elif isinstance(layers, Tensor) and tuple(layers.shape) == task.shape and not layers.is_meta:
+            task.mask = layers != 0
+        if task.mask is None or task.keep or rescale is None:
+            continue
+        if rescale != "layer" and is_sharded(task.place.parameter):
+            fail(f'rescale="layer" for {task.name}, which is sharded', repr(rescale))
+        if rescale == "layer" and task.init is None:
+            fail(f'a distribution of {task.name} for rescale="layer" (a scheme or an Init)', task.text)

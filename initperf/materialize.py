@@ -1,0 +1,49 @@
+"""A model of the meta device gets memory: parameters tied as before, known buffers with their values, no others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from initperf.checks import fail
+from initperf.schemes import NORMS
+
+
+def _known(module: nn.Module, name: str, buffer: Tensor) -> bool:
+    """Running statistics, and masks of layers (which start as all True)."""
+    return isinstance(module, NORMS) or (name.endswith("_mask") and buffer.dtype == torch.bool)
+
+
+def check_buffers(model: nn.Module) -> None:
+    """Raise if a buffer is on the meta device and nothing tells its values."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta and not _known(module, name, buffer):
+                fail(
+                    f"buffer {path}.{name} with values (build {type(module).__name__} off the meta device)",
+                    "a buffer on the meta device, whose values nobody knows",
+                )
+
+
+def materialize(model: nn.Module, device: torch.device | str) -> dict[int, Tensor]:
+    """Give every meta tensor memory on `device`; returns {id of the old parameter: the parameter now}."""
+    old = dict(model.named_parameters(remove_duplicate=False))
+    moved: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            key = id(parameter)
+            if key not in moved:
+                moved[key] = parameter if not parameter.is_meta else _like(parameter, device)
+            module._parameters[name] = moved[key]  # type: ignore[assignment]
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                fresh = torch.empty_like(buffer, device=device)
+                module._buffers[name] = fresh.fill_(True) if fresh.dtype == torch.bool else fresh
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+    return {id(parameter): moved[id(parameter)] for parameter in old.values()}
+
+
+def _like(parameter: Tensor, device: torch.device | str) -> nn.Parameter:
+    with torch.no_grad():
+        return nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
