@@ -52,8 +52,8 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a @ b with float32 sums; float32 operands stay float32 (no TF32)."""
+def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+    """acc + a @ b with float32 sums; float32 operands stay float32 unless PRECISION is "tf32"."""
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
