@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
 
-from initperf import sampling
+from initperf import dropins
 from initperf.checks import InitPerfError, check_seed
 from initperf.sampling import is_plain
 
@@ -124,16 +124,16 @@ def _method(original: Any, ours: Callable[..., Tensor], first: str, second: str)
 _INIT: Any = torch.nn.init
 _GENERATOR = {"uniform_": 3, "normal_": 3, "trunc_normal_": 5, "xavier_uniform_": 2, "xavier_normal_": 2}
 _GENERATOR |= {"kaiming_uniform_": 4, "kaiming_normal_": 4, "orthogonal_": 2, "sparse_": 3}
-_FUNCTIONS = {name: (sampling.ORIGINALS[name], getattr(sampling, name), at) for name, at in _GENERATOR.items()}
+_FUNCTIONS = {name: (dropins.ORIGINALS[name], getattr(dropins, name), at) for name, at in _GENERATOR.items()}
 # what torch's own functions call: who kept `from torch.nn.init import trunc_normal_` comes by here
 _FUNCTIONS |= {
-    f"_no_grad_{name}": (getattr(_INIT, f"_no_grad_{name}"), getattr(sampling, name), _GENERATOR[name])
+    f"_no_grad_{name}": (getattr(_INIT, f"_no_grad_{name}"), getattr(dropins, name), _GENERATOR[name])
     for name in ("uniform_", "normal_", "trunc_normal_")
 }
 _REPLACED = {name: _function(*entry) for name, entry in _FUNCTIONS.items()}
 _METHODS = {
-    "normal_": _method(Tensor.normal_, sampling.normal_, "mean", "std"),
-    "uniform_": _method(Tensor.uniform_, sampling.uniform_, "from", "to"),
+    "normal_": _method(Tensor.normal_, dropins.normal_, "mean", "std"),
+    "uniform_": _method(Tensor.uniform_, dropins.uniform_, "from", "to"),
 }
 
 

@@ -1,6 +1,6 @@
 """torch.nn.init, faster and the same bits everywhere: `from initperf import init` instead of `from torch.nn import init`.
 
-What samples comes from initperf.sampling; what does not is torch's own object. Beyond torch's names:
+What samples comes from initperf.dropins; what does not is torch's own object. Beyond torch's names:
 initialize, fast_init, sample_into and sample_shard_into.
 """
 
@@ -21,9 +21,7 @@ from torch.nn.init import (
     zeros_,
 )
 
-from initperf.fast_init import fast_init
-from initperf.model_init import Initialized, initialize
-from initperf.sampling import (
+from initperf.dropins import (
     kaiming_normal,
     kaiming_normal_,
     kaiming_uniform,
@@ -32,8 +30,6 @@ from initperf.sampling import (
     normal_,
     orthogonal,
     orthogonal_,
-    sample_into,
-    sample_shard_into,
     sparse,
     sparse_,
     trunc_normal_,
@@ -44,6 +40,9 @@ from initperf.sampling import (
     xavier_uniform,
     xavier_uniform_,
 )
+from initperf.fast_init import fast_init
+from initperf.model_init import Initialized, initialize
+from initperf.sampling import sample_into, sample_shard_into
 from initperf.schemes import Init
 
 __all__ = [*_torch_init.__all__, "Init", "Initialized", "fast_init", "initialize", "sample_into", "sample_shard_into"]
