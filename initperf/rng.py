@@ -133,6 +133,8 @@ def _constant(value: float, dtype: torch.dtype) -> Distribution:
 def uniform(lo: float, hi: float, dtype: torch.dtype) -> Distribution:
     """Uniform on [lo, hi): lo + (hi - lo) k 2^-24, k an integer below 2^24, rounded to `dtype`; hi is never returned. lo == hi gives lo.
 
+    (hi - lo) 2^-24 is rounded to float32: below hi - lo = 2^-102 that loses resolution, at 2^-126 all of it.
+
     Raises if lo > hi, a bound is not finite, hi - lo exceeds float32's range, or no value of `dtype` is in [lo, hi).
     """
     _check_dtype(dtype)

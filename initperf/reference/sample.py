@@ -55,17 +55,20 @@ def horner(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     return result
 
 
-def philox(index: Tensor, seed: int, stream: int) -> list[Tensor]:
-    """The four words, as int64, of the block that holds each index."""
-    block = (index >> 10 << 8) | (index & 255)
-    c0, c1 = block & _WORD, block >> 32 & _WORD
-    c2, c3 = torch.full_like(index, stream & _WORD), torch.full_like(index, stream >> 32)
-    k0, k1 = seed & _WORD, seed >> 32
+def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: int, k1: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words of the block with this counter and key; a word is an int64 below 2^32."""
     for _ in range(10):
         p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
         c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ c1 ^ k0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c3 ^ k1, p0 & _WORD
         k0, k1 = (k0 + PHILOX_WEYL[0]) & _WORD, (k1 + PHILOX_WEYL[1]) & _WORD
-    return [c0, c1, c2, c3]
+    return c0, c1, c2, c3
+
+
+def _words(index: Tensor, seed: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four words of the block that holds each index."""
+    block = (index >> 10 << 8) | (index & 255)
+    low, high = (torch.full_like(index, word) for word in (stream & _WORD, stream >> 32))
+    return philox(block & _WORD, block >> 32 & _WORD, low, high, seed & _WORD, seed >> 32)
 
 
 def _signed(word: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ def _finish(z: Tensor, scale: Number, params: Sequence[float], dtype: torch.dtyp
     return torch.where(value > params[3], params[3], value).to(dtype)
 
 
-def _normal(words: list[Tensor], lane: Tensor, params: Sequence[float]) -> Tensor:
+def _normal(words: Sequence[Tensor], lane: Tensor, params: Sequence[float]) -> Tensor:
     low = lane < 2
     v, w = torch.where(low, words[0], words[2]), torch.where(low, words[1], words[3])
     radius = sqrt(_log((v | 1).float(), 32)) * params[0]
@@ -120,11 +123,11 @@ def _quantile(kind: int, word: Tensor, params: Sequence[float]) -> tuple[Tensor,
 
 
 def _values(index: Tensor, dtype: torch.dtype, kind: int, params: Sequence[float], seed: int, stream: int) -> Tensor:
-    words = philox(index, seed, stream)
+    words = _words(index, seed, stream)
     lane = index >> 8 & 3
     if kind == NORMAL:
         return _normal(words, lane, params).to(dtype)
-    word = torch.stack(words).gather(0, lane[None])[0]
+    word = torch.stack(list(words)).gather(0, lane[None])[0]
     if kind == BITS:
         return word.to(torch.int32)
     if kind == UNIFORM:

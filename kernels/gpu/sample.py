@@ -29,9 +29,10 @@ _CENTER = tl.constexpr(contract.CENTER)
 _NEAR_PIECES = tl.constexpr(contract.PIECES[contract.TRUNC_NORMAL])
 _TAIL_PIECES = tl.constexpr(contract.PIECES[contract.TRUNC_TAIL])
 
-# By bytes of an element: (tiles a program, warps), so that every store of a thread is 128 bits wide.
-TILES = {2: (4, 4), 4: (2, 4), 8: (1, 4)}
+# By bytes of an element: (tiles a program, warps of 32), so that every store of a thread is 128 bits wide and nothing spills.
+TILES = {2: (2, 2), 4: (2, 4), 8: (1, 4)}
 _INTERPRETED = triton.knobs.runtime.interpret
+_WARP = 2 if torch.version.hip else 1  # in units of 32 threads
 
 
 @triton.jit
@@ -245,7 +246,7 @@ def sample_(
         ONE_RUN=one_run,
         MASKED=not whole,
         INTERPRETED=_INTERPRETED,
-        num_warps=warps,
+        num_warps=warps // _WARP,
         enable_fp_fusion=False,
     )
     if double and params[2] > -float("inf"):

@@ -1,0 +1,373 @@
+"""Sampling: the Numba and the Triton kernels give the bits of the plain-torch definition, and those follow the distribution."""
+
+import math
+import os
+import subprocess
+import sys
+
+import numba
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from initperf.kernels.cpu.philox import philox as cpu_philox
+from initperf.kernels.cpu.sample import sample_ as cpu_sample_
+from initperf.kernels.gpu.philox import philox as gpu_philox
+from initperf.kernels.gpu.sample import sample_ as gpu_sample_
+from scipy import special, stats
+from test_rng import KNOWN
+from tolerance import bits
+
+from initperf import rng
+from initperf.reference.sample import _log, fma
+from initperf.reference.sample import philox as reference_philox
+from initperf.reference.sample import sample_ as reference_sample_
+
+INF = math.inf
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TRUNCATIONS = {  # one or more intervals of every kind, in std from the mean
+    rng.TRUNC_CENTER: [(-2, 2), (-1, 2.2), (0.5, 2)],
+    rng.TRUNC_NORMAL: [(-3, 3), (0, INF), (-1, 9), (-INF, 0.5), (1, 5), (2, 9)],
+    rng.TRUNC_TAIL: [(4, 5), (2.2, INF), (-INF, -8), (-6, -5), (12, 13)],
+    rng.TRUNC_FAR: [(20, 21), (1000, INF), (-15, -14), (13, INF)],
+    rng.TRUNC_NARROW: [(1, 1.01), (-0.1, 0.2), (20, 20.01), (-7, -6.99999)],
+}
+INTERVALS = [(kind, *interval) for kind, intervals in TRUNCATIONS.items() for interval in intervals]
+
+
+def distributions(dtype):
+    """One of every kind, with a scale and a mean that round."""
+    if dtype == torch.int32:
+        return [rng.Distribution(rng.BITS, (0.0, 0.0, -INF, INF))]
+    wide = [rng.uniform(-0.3, 1.7, dtype), rng.normal(0.1, 0.7)]
+    return wide + [
+        rng.trunc_normal(0.1, 0.7, 0.1 + 0.7 * a, 0.1 + 0.7 * b, dtype)
+        for a, b in (intervals[0] for intervals in TRUNCATIONS.values())
+    ]
+
+
+def filled(sample_, n, dtype, distribution, seed=1, stream=0, *rest, device="cpu", **options):
+    out = torch.full((n,), 7, dtype=dtype, device=device)
+    return sample_(out, *distribution, seed, stream, *rest, **options).cpu()
+
+
+def assert_same_bits(a, b):
+    different = (bits(a) != bits(b)).nonzero()
+    assert not len(different), f"{len(different)} of {a.numel()} differ, first at {different[0].item()}"
+
+
+@numba.njit
+def cpu_block(c0, c1, c2, c3, k0, k1):
+    return cpu_philox(c0, c1, c2, c3, k0, k1)
+
+
+@triton.jit
+def gpu_block(words_ptr, out_ptr):
+    c0, c1 = tl.load(words_ptr).to(tl.uint32), tl.load(words_ptr + 1).to(tl.uint32)
+    c2, c3 = tl.load(words_ptr + 2).to(tl.uint32), tl.load(words_ptr + 3).to(tl.uint32)
+    a, b, c, d = gpu_philox(c0, c1, c2, c3, tl.load(words_ptr + 4).to(tl.uint32), tl.load(words_ptr + 5).to(tl.uint32))
+    tl.store(out_ptr, a.to(tl.int64))
+    tl.store(out_ptr + 1, b.to(tl.int64))
+    tl.store(out_ptr + 2, c.to(tl.int64))
+    tl.store(out_ptr + 3, d.to(tl.int64))
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_every_implementation_gives_random123_known_answers(counter, key, words, gpu_device):
+    assert tuple(int(w) for w in reference_philox(*(torch.tensor([c]) for c in counter), *key)) == words
+    assert cpu_block(*(np.uint64(w) for w in (*counter, *key))) == words
+    out = torch.zeros(4, dtype=torch.int64, device=gpu_device)
+    gpu_block[(1,)](torch.tensor([*counter, *key], device=gpu_device), out)
+    assert tuple(out.tolist()) == words
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32])
+@pytest.mark.parametrize(
+    ("n", "seed", "stream", "offset"),
+    [
+        (0, 0, 0, 0),
+        (1, 1, 2**32, 0),
+        (1023, 2**32 - 1, 2**64 - 1, 1),
+        (1024, 2**63, 2**32 - 1, 1024),
+        (1025, 2**64 - 1, 2**63 + 5, 2**32 - 3),
+        (5000, 0, 1, 2**42 + 777),
+        (70_001, 9, 2**40, 2**43 - 2048),
+    ],
+)
+def test_cpu_equals_the_definition(dtype, n, seed, stream, offset):
+    for d in distributions(dtype):
+        arguments = n, dtype, d, seed, stream, offset
+        assert_same_bits(filled(cpu_sample_, *arguments), filled(reference_sample_, *arguments))
+
+
+def test_cpu_equals_the_definition_on_a_million_values():
+    for d in distributions(torch.float32)[:3]:
+        arguments = 10**6 + 7, torch.float32, d, 123, 45
+        assert_same_bits(filled(cpu_sample_, *arguments), filled(reference_sample_, *arguments))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 3000),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**62),
+    st.integers(1, 700),
+    st.integers(0, 5000),
+    st.sampled_from([*FLOATS, torch.int32]),
+    st.integers(0, 6),
+)
+def test_cpu_equals_the_definition_for_any_shard(n, seed, stream, offset, run, gap, dtype, which):
+    d = distributions(dtype)[which % len(distributions(dtype))]
+    arguments = n, dtype, d, seed, stream, offset, run, run + gap
+    assert_same_bits(filled(cpu_sample_, *arguments), filled(reference_sample_, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32])
+def test_gpu_equals_cpu_in_every_dtype_and_kind(dtype, gpu_device):
+    for d in distributions(dtype):
+        arguments = 1025, dtype, d, 2**63 + 5, 2**40 + 3, 2**42 + 1024
+        assert_same_bits(filled(gpu_sample_, *arguments, device=gpu_device), filled(cpu_sample_, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("n", "offset", "run", "stride", "tiles"),
+    [
+        (0, 0, -1, 0, 1),
+        (1, 2**43 + 5, -1, 0, 1),
+        (1024, 0, -1, 0, 1),
+        (4096, 1024, -1, 0, 2),
+        (5000, 0, -1, 0, 2),
+        (5000, 0, -1, 0, 4),
+        (3001, 513, -1, 0, 1),
+        (50, 1000, 7, 100, 1),
+        (3000, 500, 1500, 4096, 2),
+        (100, 2**42 - 50, 100, 200, 1),
+    ],
+)
+def test_gpu_equals_cpu_for_any_shard_and_tile_size(n, offset, run, stride, tiles, gpu_device):
+    for d in (rng.uniform(0, 1, torch.float32), rng.normal(0, 1)):
+        arguments = n, torch.float32, d, 77, 2**33, offset, run, stride
+        got = filled(gpu_sample_, *arguments, device=gpu_device, tiles=tiles)
+        assert_same_bits(got, filled(cpu_sample_, *arguments))
+
+
+def test_gpu_equals_cpu_on_a_million_values(gpu_device):
+    tiles = 256 if gpu_device == "cpu" else None  # few, large programs: the interpreter pays by the program
+    arguments = 10**6 + 7, torch.float32, rng.normal(0, 1), 3, 4
+    assert_same_bits(filled(gpu_sample_, *arguments, device=gpu_device, tiles=tiles), filled(cpu_sample_, *arguments))
+
+
+def test_thread_count_does_not_change_bits():
+    before = torch.get_num_threads()
+    try:
+        for d in distributions(torch.bfloat16):
+            torch.set_num_threads(1)
+            one = filled(cpu_sample_, 300_001, torch.bfloat16, d)
+            torch.set_num_threads(2)
+            assert_same_bits(filled(cpu_sample_, 300_001, torch.bfloat16, d), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(37, 5000), (600, 300), (4096, 3)])
+def test_shards_of_rows_and_columns_are_slices_of_the_whole(shape):
+    rows, columns = shape
+    d = rng.normal(0, 1)
+    whole = filled(cpu_sample_, rows * columns, torch.float32, d).view(shape)
+    top = rows // 3
+    assert_same_bits(
+        filled(cpu_sample_, (rows - top) * columns, torch.float32, d, 1, 0, top * columns), whole[top:].flatten()
+    )
+    left, right = columns // 3, columns - columns // 4
+    part = filled(cpu_sample_, rows * (right - left), torch.float32, d, 1, 0, left, right - left, columns)
+    assert_same_bits(part, whole[:, left:right].flatten())
+
+
+def test_a_longer_tensor_begins_with_the_shorter():
+    for n in (1, 255, 256, 257, 1023, 1024, 1025, 70_000):
+        a, b = (filled(cpu_sample_, m, torch.float32, rng.normal(0, 1)) for m in (n, n + 100_000))
+        assert_same_bits(a, b[:n])
+
+
+def test_seeds_streams_and_offsets_give_different_values():
+    d = rng.uniform(0, 1, torch.float32)
+    variants = [(0, 0), (1, 0), (2**32, 0), (0, 1), (0, 2**32), (0, 0, 2**42), (0, 0, 1024)]
+    values = [filled(cpu_sample_, 2000, torch.float32, d, *v) for v in variants]
+    for i, a in enumerate(values):
+        for b in values[:i]:
+            assert (a == b).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("lo", "hi"), [(0.0, 1.0), (1.0, 2.0), (-1.0, 0.0), (0.1, 0.11), (-1e-3, 1e-3), (100.0, 101.5)]
+)
+def test_uniform_stays_in_its_bounds(dtype, lo, hi):
+    out = filled(cpu_sample_, 200_000, dtype, rng.uniform(lo, hi, dtype)).double()
+    assert out.min() >= lo
+    assert out.max() < hi
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_largest_word_does_not_reach_hi(dtype):
+    """The word with all ones occurs once in 2^32: its value by the formula, through the definition of finish."""
+    for lo, hi in [(0.0, 1.0), (1.0, 2.0), (-3.0, 5.0)]:
+        scale, base, _, greatest = rng.uniform(lo, hi, dtype).params
+        value = fma(torch.tensor([2.0**24 - 1]), scale, base).double().clamp(max=greatest).to(dtype)
+        assert value.item() < hi
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_equal_bounds_give_that_value(dtype):
+    want = torch.empty(50, dtype=dtype).uniform_(0.1, 0.1)
+    assert_same_bits(filled(cpu_sample_, 50, dtype, rng.uniform(0.1, 0.1, dtype)), want)
+    assert_same_bits(filled(cpu_sample_, 50, dtype, rng.trunc_normal(0.0, 1.0, 0.1, 0.1, dtype)), want)
+
+
+@pytest.mark.parametrize("hi", [1e-33, 1e-37, 1e-41])
+def test_ranges_below_float32s_normal_numbers_are_not_flushed(hi, gpu_device):
+    """(hi - lo) 2^-24 is subnormal here, so fewer values are possible, and at 1e-41 only lo: the same everywhere."""
+    d = rng.uniform(0.0, hi, torch.float32)
+    out = filled(cpu_sample_, 2000, torch.float32, d)
+    assert (len(out.unique()) > 30) == (hi > 1e-40)
+    assert out.max() < hi
+    assert_same_bits(out, filled(reference_sample_, 2000, torch.float32, d))
+    assert_same_bits(out, filled(gpu_sample_, 2000, torch.float32, d, device=gpu_device))
+
+
+def test_halves_are_the_float32_values_rounded_once():
+    single = filled(cpu_sample_, 100_000, torch.float32, rng.normal(0.0, 1e-3))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert_same_bits(filled(cpu_sample_, 100_000, dtype, rng.normal(0.0, 1e-3)), single.to(dtype))
+
+
+@pytest.mark.parametrize(("kind", "a", "b"), INTERVALS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_truncated_normals_stay_in_their_interval(kind, a, b, dtype):
+    for mean, std in ((0.0, 1.0), (-3.7, 0.01)):
+        low, high = mean + std * a, mean + std * b
+        try:
+            d = rng.trunc_normal(mean, std, low, high, dtype)
+        except ValueError:
+            assert dtype == torch.bfloat16  # no value of bfloat16 in the interval
+            continue
+        out = filled(cpu_sample_, 30_000, dtype, d).double()
+        assert out.min() >= low
+        assert out.max() <= high
+
+
+def shares(words, kind):
+    """The share u of the mass below the value, as the kind reads it from the word."""
+    words = words.double().numpy() % 2.0**32
+    if kind in (rng.TRUNC_CENTER, rng.TRUNC_NARROW):
+        return (words + 2.0**31) % 2.0**32 * 2.0**-32
+    return (words // 2 * 2 + 1) * 2.0**-32
+
+
+def exact_quantile(u, a, b):
+    """The standard normal's quantile on [a, b] in float64, from the tail that is nearer to 0 in mass."""
+    if a >= 0:
+        return -exact_quantile(1 - u, -b, -a)
+    log_a, log_b = special.log_ndtr(a), special.log_ndtr(b)
+    low = special.ndtri_exp(log_b + np.log(u + (1 - u) * np.exp(log_a - log_b)))
+    log_a, log_b = special.log_ndtr(-a), special.log_ndtr(-b)
+    high = -special.ndtri_exp(log_a + np.log((1 - u) + u * np.exp(log_b - log_a)))
+    return np.where(low < 0, low, high)
+
+
+@pytest.mark.parametrize(("kind", "a", "b"), [i for i in INTERVALS if i[0] != rng.TRUNC_NARROW])
+def test_quantile_error_of_truncated_normals(kind, a, b):
+    """Within 1e-6 + 4e-7 |z| of the float64 quantile: two units in the last place of z, and what 2^-24 steps of the mass move it."""
+    d = rng.trunc_normal(0.0, 1.0, a, b, torch.float32)
+    assert d.kind == kind
+    words = filled(cpu_sample_, 100_000, torch.int32, (rng.BITS, d.params), 5)
+    got = filled(cpu_sample_, 100_000, torch.float32, d, 5).double().numpy()
+    u = shares(words, kind)
+    exact = -exact_quantile(u, -b, -a) if d.params[0] < 0 else exact_quantile(u, a, b)
+    error = np.abs(got - exact)
+    assert (error <= 1e-6 + 4e-7 * np.abs(got)).all(), error.max()
+
+
+@pytest.mark.parametrize(("kind", "a", "b"), [i for i in INTERVALS if i[0] == rng.TRUNC_NARROW])
+def test_narrow_truncations_are_accurate_relative_to_their_width(kind, a, b):
+    """The mean is chosen so that the interval begins at 0, where float32 resolves it."""
+    d = rng.trunc_normal(-float(a), 1.0, 0.0, float(b) - float(a), torch.float64)
+    assert d.kind == kind
+    words = filled(cpu_sample_, 100_000, torch.int32, (rng.BITS, d.params), 5)
+    got = filled(cpu_sample_, 100_000, torch.float64, d, 5).numpy()
+    u = shares(words, kind)
+    middle, width = (a + b) / 2, b - a
+    if width < 1e-3:  # the density is exp(-middle x), to width^2
+        want = -np.log1p(u * np.expm1(-middle * width)) / middle
+    else:
+        want = exact_quantile(u, a, b) - a
+    assert np.abs(got - want).max() <= 4e-7 * width
+
+
+def test_far_truncations_resolve_their_tail():
+    """[1e6, inf) std from the mean, written as [0, inf) from a mean of -1e6: nearly an exponential with rate 1e6."""
+    d = rng.trunc_normal(-1e6, 1.0, 0.0, INF, torch.float32)
+    assert d.kind == rng.TRUNC_FAR
+    out = filled(cpu_sample_, 100_000, torch.float32, d, 5).double().numpy()
+    assert stats.kstest(out * 1e6, stats.expon.cdf).pvalue > 1e-3
+
+
+def test_squared_radius_is_never_negative_and_accurate():
+    """s = -2 ln(u 2^-32): every float next to the largest, where s vanishes, and some of every octave."""
+    top = 2.0**32 - 256 * torch.arange(50_000, dtype=torch.float64)
+    below = torch.arange(2**31, 2**32, 128 * 77, dtype=torch.float64)
+    lower = torch.cat([torch.linspace(2.0**e, 2.0 ** (e + 1), 3000, dtype=torch.float64) for e in range(31)])
+    for u in (top, below, lower):
+        u = u.float()
+        s = _log(u, 32)
+        exact = -2 * torch.log(u.double() * 2.0**-32)
+        assert (s >= 0).all()
+        assert ((s - exact).abs() <= 3e-7 * exact).all()
+    assert _log(torch.tensor([2.0**32]), 32).item() == 0
+    assert _log(torch.tensor([1.0]), 32).item() == pytest.approx(64 * math.log(2), rel=1e-7)
+
+
+@pytest.mark.parametrize("sample_", [reference_sample_, cpu_sample_])
+def test_moments_and_fit_of_uniform_and_normal(sample_):
+    n = 200_000
+    u = filled(sample_, n, torch.float32, rng.uniform(0.0, 1.0, torch.float32), 11).double().numpy()
+    z = filled(sample_, n, torch.float32, rng.normal(0.0, 1.0), 12).double().numpy()
+    assert stats.kstest(u, stats.uniform.cdf).pvalue > 1e-3
+    assert stats.kstest(z, stats.norm.cdf).pvalue > 1e-3
+    for lanes in (z.reshape(-1)[: n // 1024 * 1024].reshape(-1, 4, 256),):
+        corr = np.corrcoef(lanes.transpose(1, 0, 2).reshape(4, -1))
+        assert np.abs(corr - np.eye(4)).max() < 5 / math.sqrt(n / 4)
+
+
+@settings(deadline=None, max_examples=200)
+@given(*[st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**60), max_value=2.0**60)] * 3)
+def test_the_definitions_fma_rounds_once(x, y, z):
+    from fractions import Fraction
+
+    exact = Fraction(x) * Fraction(y) + Fraction(z)
+    got = fma(torch.tensor([x]), y, z).item()
+    around = [np.nextafter(np.float32(got), np.float32(side)) for side in (-INF, INF)]
+    assert all(
+        abs(Fraction(got) - exact) <= abs(Fraction(float(other)) - exact) for other in around if np.isfinite(other)
+    )
+
+
+def test_a_forked_child_samples_the_same_bits():
+    script = """
+import os, torch
+from initperf import rng
+from initperf.kernels.cpu.sample import sample_
+want = sample_(torch.empty(300_000), *rng.normal(0, 1), 1, 0)
+pid = os.fork()
+if pid == 0:
+    got = sample_(torch.empty(300_000), *rng.normal(0, 1), 1, 0)
+    os._exit(0 if got.numpy().tobytes() == want.numpy().tobytes() else 3)  # torch's own threads would hang here
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
