@@ -48,9 +48,6 @@ def outcome(call):
     return result, [(w.category, str(w.message)) for w in caught]
 
 
-# --- names and signatures
-
-
 @pytest.mark.parametrize("name", torch_init.__all__)
 def test_every_public_name_of_torch_exists_with_a_compatible_signature(name):
     theirs = list(inspect.signature(getattr(torch_init, name)).parameters.values())
@@ -66,8 +63,6 @@ def test_what_does_not_sample_is_torchs_own_object():
         assert getattr(init, name) is getattr(torch_init, name)
     assert init._calculate_fan_in_and_fan_out is torch_init._calculate_fan_in_and_fan_out
 
-
-# --- the same behaviour as torch
 
 EMPTY = torch.empty
 CASES = {
@@ -291,9 +286,6 @@ def test_a_compiled_function_that_calls_ours_gives_the_same_values():
     assert torch.equal(build(torch.ones(8, 8)), expected)
 
 
-# --- the contract
-
-
 @given(seed=st.integers(0, 2**64 - 1), stream=st.integers(0, 2**64 - 1), dtype=st.sampled_from(DTYPES))
 @settings(deadline=None, max_examples=25)
 def test_a_value_depends_on_seed_stream_and_row_major_index_alone(seed, stream, dtype):
@@ -391,9 +383,6 @@ def test_the_distribution_is_torchs(name, dtype):
         torch.searchsorted(ours.sort().values, grid) - torch.searchsorted(theirs.sort().values, grid)
     ).abs().max() / n
     assert distance < 1.95 * math.sqrt(2 / n) + torch.finfo(dtype).eps  # Kolmogorov-Smirnov, p = 0.001
-
-
-# --- orthogonal_ and sparse_
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (7, 3), (3, 7), (64, 64), (65, 64), (30, 4, 3, 3), (130, 90), (1, 1)])
