@@ -31,19 +31,20 @@ class Tile(NamedTuple):
 
 
 # (products, gradient), by block; 16 bits. float32 takes half the inner dimension.
-_HOPPER = {
+_Tiles = dict[int, tuple[Tile, Tile]]
+_HOPPER: _Tiles = {
     16: (Tile(256, 64, 4, 3), Tile(128, 64, 4, 3)),
     32: (Tile(256, 64, 4, 3), Tile(128, 64, 4, 3)),
     64: (Tile(128, 64, 4, 4), Tile(128, 64, 4, 4)),
     128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
 }
-_AMPERE = {
-    16: (Tile(128, 32, 4, 4), Tile(128, 32, 4, 3)),
-    32: (Tile(128, 32, 4, 4), Tile(128, 32, 4, 3)),
+_AMPERE: _Tiles = {
+    16: (Tile(128, 64, 4, 3), Tile(128, 32, 4, 3)),
+    32: (Tile(128, 64, 4, 3), Tile(128, 32, 4, 3)),
     64: (Tile(128, 32, 4, 4), Tile(128, 32, 4, 3)),
     128: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 3)),
 }
-_CDNA = {block: tuple(t._replace(stages=2) for t in pair) for block, pair in _AMPERE.items()}
+_CDNA: _Tiles = {block: (a._replace(stages=2), b._replace(stages=2)) for block, (a, b) in _AMPERE.items()}
 TILES = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "gfx942": _CDNA}
 
 
@@ -96,13 +97,13 @@ def _block_matmul(
         if not EVEN_K:
             keep = keep & (inner < K)
         x = tl.load(x_row_ptr[:, None, None] + inner[None, :, :], mask=keep[None, :, :], other=0.0)
-        w_ptr = values_ptr + which.to(tl.int64)[:, None, None] * (BLOCK * BLOCK)
+        first = which.to(tl.int64) * (BLOCK * BLOCK)
         if TRANSPOSED:
-            w_ptr += (part + ri)[None, :, None] * BLOCK + ro[None, None, :]
-            w = tl.load(w_ptr, mask=on[:, None, None], other=0.0).reshape(INNER, BLOCK)
+            w_at = first[:, None, None] + (part + ri)[None, :, None] * BLOCK + ro[None, None, :]
+            w = tl.load(values_ptr + w_at, mask=on[:, None, None], other=0.0).reshape(INNER, BLOCK)
         else:
-            w_ptr = w_ptr.permute(1, 0, 2) + ro[:, None, None] * BLOCK + (part + ri)[None, None, :]
-            w = tl.load(w_ptr, mask=on[None, :, None], other=0.0).reshape(BLOCK, INNER).trans(1, 0)
+            w_at = first[None, :, None] + ro[:, None, None] * BLOCK + (part + ri)[None, None, :]
+            w = tl.load(values_ptr + w_at, mask=on[None, :, None], other=0.0).reshape(BLOCK, INNER).trans(1, 0)
         acc = dot(x.reshape(BATCH, INNER), w, acc, PRECISION)
     rn = row * BLOCK + ro
     if bias_ptr is not None:
