@@ -65,7 +65,9 @@ def facts(target, kind, dtype, masked):
         "registers": code.registers,
         "stores": stores,
         "ops": code.float_ops(),
-        "inexact": re.findall(r"\S*(?:approx|\.ftz|div\.full|\bmad\.)\S*", code.text) if target != "gfx942" else [],
+        "inexact": re.findall(r"\S*(?:approx|\.ftz|div\.full|\bmad\.[\w.]*f\d)\S*", code.text)
+        if target != "gfx942"
+        else [],
     }
 
 
