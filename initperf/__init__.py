@@ -1,3 +1,61 @@
-"""Weight initialization, lottery tickets and layer variance for PyTorch: fast, and the same bits everywhere."""
+"""Weight initialization, lottery tickets and layer variance for PyTorch: fast, and the same bits everywhere.
+
+Exports are imported when first used, so that `initperf --help` needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from initperf import init, prune
+    from initperf.checks import InitPerfError
+    from initperf.masked import MaskedLinear, check_masks, densify, mask_optimizer_, sparsify
+    from initperf.model_init import initialize
+    from initperf.redirect import fast_init
+    from initperf.search import TicketSearch
+    from initperf.stats import moments
+    from initperf.ticket import Ticket
 
 __version__ = "0.1.0"
+__all__ = [
+    "InitPerfError",
+    "MaskedLinear",
+    "Ticket",
+    "TicketSearch",
+    "check_masks",
+    "densify",
+    "fast_init",
+    "init",
+    "initialize",
+    "mask_optimizer_",
+    "moments",
+    "prune",
+    "sparsify",
+]
+_HOMES = {
+    "InitPerfError": "checks",
+    "MaskedLinear": "masked",
+    "Ticket": "ticket",
+    "TicketSearch": "search",
+    "check_masks": "masked",
+    "densify": "masked",
+    "fast_init": "redirect",
+    "initialize": "model_init",
+    "mask_optimizer_": "masked",
+    "moments": "stats",
+    "sparsify": "masked",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'initperf' has no attribute {name!r}")
+    if name not in _HOMES:
+        return import_module(f"initperf.{name}")
+    value = getattr(import_module(f"initperf.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -40,8 +40,8 @@ from initperf.dropins import (
     xavier_uniform,
     xavier_uniform_,
 )
-from initperf.fast_init import fast_init
 from initperf.model_init import Initialized, initialize
+from initperf.redirect import fast_init
 from initperf.sampling import sample_into, sample_shard_into
 from initperf.schemes import Init
 

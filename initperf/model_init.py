@@ -223,7 +223,7 @@ def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...] 
 
 def _reset(tasks: list[Task], seed: int, exact: set[str]) -> None:
     """Run the reset functions of unknown classes, children first; what they set in other modules counts as theirs."""
-    from initperf.fast_init import fast_init
+    from initperf.redirect import fast_init
 
     calls = {id(t.reset[1]): t.reset for t in tasks if t.reset is not None}
     for path, module, function in sorted(calls.values(), key=lambda call: -call[0].count(".") - bool(call[0])):
