@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from enum import Enum
 from pathlib import Path
@@ -34,14 +35,14 @@ class Data(str, Enum):
 def main(args: list[str] | None = None) -> int:
     """Run the command line; every foreseeable problem is one line on stderr: exit code 1, or 2 for wrong usage."""
     try:
-        code = app(args, standalone_mode=False)
+        code = app(args, prog_name="initperf", standalone_mode=False)
     except _Interrupted as error:
         return _problem(str(error), INTERRUPTED)
     except (KeyboardInterrupt, typer.Abort):
         return _problem("Interrupted.", INTERRUPTED)
     except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        return _problem(f"{error.strerror or error}{where}.")
+        where = error.filename2 or error.filename  # of a rename, its target: the other one is our temporary file
+        return _problem(f"{error.strerror or error}{f': {where}' if where else ''}.")
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer
             context = getattr(error, "ctx", None)
@@ -102,9 +103,11 @@ def ticket(
 
     The same command again continues a run that was interrupted.
     """
+    from initperf.checks import check
     from initperf.experiments.lenet import run_ticket
     from initperf.terminal import Bars, open_console
 
+    check(lr is None or 0 < lr < math.inf, "--lr, the learning rate, to be above 0 and finite", lr)
     with Bars(open_console()) as bars:
         try:
             folder = run_ticket(
@@ -215,18 +218,15 @@ def report(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A ticket, or a checkpoint: .safetensors or torch.save.")],
+    file: Annotated[Path, typer.Argument(help="A ticket.")],
 ) -> None:
-    """Show what a ticket holds and prove its hash, or how the weights of a checkpoint look to have been initialized."""
-    from initperf.inspection import checkpoint_lines, is_ticket, ticket_tables
+    """Show what a ticket holds, and prove the hash of its initial weights."""
+    from initperf.inspection import tables
     from initperf.terminal import open_console, show
 
     console = open_console()
-    if is_ticket(file):
-        for table in ticket_tables(file):
-            show(console, table)
-    else:
-        console.print(checkpoint_lines(file), markup=False)
+    for table in tables(file):
+        show(console, table)
 
 
 @app.command()

@@ -235,7 +235,7 @@ def backends(run: Run) -> tuple[Table | None, str]:
     dense = sum(calls for used in ops.values() for backend, calls in used.items() if backend in DENSE_LIBRARIES)
     if dense:
         share = dense / sum(sum(used.values()) for used in ops.values() if used.keys() & DENSE_LIBRARIES)
-        said += f" The masked products chose the dense product in {percent(share, 0)} of their calls, where it is the faster one."
+        said += f" The masked products chose the dense product in {percent(share, 0)} of their calls."
     return Table("Ops", ["op", "backend", "calls"], rows, [said]), said
 
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from initperf.checks import check
 from initperf.findings import NONE, Table, percent, size
 from initperf.report import flatten
-from initperf.ticket import KEY, Ticket
+from initperf.ticket import Ticket
 
 
-def is_ticket(path: Path) -> bool:
-    """A safetensors file with our metadata key."""
-    check(path.is_file(), "a ticket or a checkpoint", f"{path}, which is not a file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return KEY in (file.metadata() or {})
-    except SafetensorError:
-        return False
+def tables(path: Path) -> list[Table]:
+    """Of a ticket; anything else is refused."""
+    check(path.is_file(), "a ticket file", f"{path}, which is not a file")
+    return ticket_tables(path)
 
 
 def ticket_tables(path: Path) -> list[Table]:
