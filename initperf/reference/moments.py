@@ -27,7 +27,7 @@ def _channels(x: torch.Tensor, shape: Shape, order: int, correction: float) -> t
     a, c, i, step_a, step_c = shape
     x = torch.as_strided(x, (a, c, i), (step_a, step_c, 1)).detach().transpose(0, 1).reshape(c, a * i).double()
     finite = x.isfinite()
-    count = finite.sum(1)
+    count = finite.sum(1).double()
     x = x.where(finite, 0)
     # Powers of values above 1e77 or below 1e-77 leave float64: the moments are those of x / size, scaled back.
     size = torch.exp2(x.abs().amax(1, keepdim=True).clamp(1e-290).log2().ceil()) if a * i else x.new_ones(c, 1)
@@ -45,7 +45,7 @@ def _channels(x: torch.Tensor, shape: Shape, order: int, correction: float) -> t
         mean = (origin[:, 0] * scale).where(~flat, low)
     else:
         low, high, mean = (x.new_full((c,), torch.nan) for _ in range(3))
-    zeros = ((x == 0) & finite).sum(1).double() / count
+    zeros = ((x == 0) & finite).sum(1) / count
     skew, kurtosis = m3 / m2.sqrt().pow(3), m4 / m2.square()
     m2 = m2 * scale * scale
     var = m2 * (count / (count - correction).clamp(min=0))
@@ -53,4 +53,4 @@ def _channels(x: torch.Tensor, shape: Shape, order: int, correction: float) -> t
     values = torch.stack(rows).masked_fill(none, torch.nan)
     if order == 2:
         values[[2, 3, 8, 9]] = torch.nan
-    return torch.stack([count, a * i - count]), values
+    return torch.stack([count, a * i - count]).long(), values

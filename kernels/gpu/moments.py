@@ -1,4 +1,6 @@
-"""Moments of many tensors in two launches: a record for every chunk, then the records of every channel in a fixed order.
+"""Moments of many tensors: a record for every chunk, then the records of every channel, combined in a fixed order.
+
+The first is one launch for a list of one class (along memory or across columns; float64 or not), the second one more.
 
 A program of the first launch walks one chunk tile by tile, each held in registers: its values are scaled by a power of
 two so that no fourth power leaves float32, centred on the tile's mean, and their powers are summed in a tree. Tiles,
@@ -21,26 +23,33 @@ FLOAT64 = tl.constexpr(3)
 VALUES = 10  # rows of the result, as in initperf/reference/moments.py
 RECORD = 8  # rows of the records: count, mean, m2, m3, m4, low, high, zeros; of values times 2^-exponent, the ninth row
 EXPONENT = tl.constexpr(8)
-TILES = {"run": 4096, "rows": 128, "columns": 32, "records": 256, "warps": 4}
-CHUNK = 16 * TILES["run"]  # values of a program that reads along memory
-CHUNK_ROWS = 16 * TILES["rows"]
+# By class: values or rows of a tile, its columns, tiles of a chunk, warps. No register spills on any target.
+TILES = (
+    {"rows": 4096, "columns": 1, "tiles": 16, "warps": 8},  # along memory
+    {"rows": 2048, "columns": 1, "tiles": 32, "warps": 8},  # along memory, float64
+    {"rows": 256, "columns": 16, "tiles": 4, "warps": 8},  # across columns
+    {"rows": 128, "columns": 16, "tiles": 4, "warps": 8},  # across columns, float64
+)
+RECORDS_A_STEP = 256
 # Columns of a segment, the plan of one tensor; sizes and steps in elements.
 SEGMENT = 11
-ADDRESS, KIND, A, C, I, STEP_A, STEP_C, CHUNKS, FIRST_TASK, FIRST_RECORD, FIRST_CHANNEL = (  # noqa: E741
+ADDRESS, KIND, A, C, I, STEP_A, STEP_C, CHUNKS, FIRST_RECORD, FIRST_CHANNEL, CORRECTION = (  # noqa: E741
     tl.constexpr(i) for i in range(SEGMENT)
 )
+FIRST_TASK = tl.constexpr(SEGMENT)  # four columns, one a class; a class is 2 * across + wide
+SEGMENT_SIZE = tl.constexpr(SEGMENT + 4)
 
 
 @triton.jit
 def _power(top):
     """2^-k, k near the exponent of `top` >= 0 and such that neither the power nor its inverse is subnormal; and k."""
     if top.dtype == tl.float64:
-        word = top.to(tl.int64, bitcast=True)
-        k = tl.minimum(tl.maximum((word >> 52) - 1023, -1021), 1021)
-        return ((1023 - k) << 52).to(tl.float64, bitcast=True), k.to(tl.int32)
-    word = top.to(tl.int32, bitcast=True)
-    k = tl.minimum(tl.maximum((word >> 23) - 127, -125), 125)
-    return ((127 - k) << 23).to(tl.float32, bitcast=True), k
+        k = tl.minimum(tl.maximum((top.to(tl.int64, bitcast=True) >> 52) - 1023, -1021), 1021)
+        p = ((1023 - k) << 52).to(tl.float64, bitcast=True)
+    else:
+        k = tl.minimum(tl.maximum((top.to(tl.int32, bitcast=True) >> 23) - 127, -125), 125)
+        p = ((127 - k) << 23).to(tl.float32, bitcast=True)
+    return p, k.to(tl.int32)
 
 
 @triton.jit
@@ -109,15 +118,25 @@ def _tile(x, live, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _load(address, offsets, live, kind):
-    """float32 values of a float32, bfloat16 or float16 tensor."""
+def _fetch(address, offsets, live, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """Values at `offsets`; ALIGNED: all of them, from an address that 16 divides, so that loads are 128 bits wide."""
+    p = address.to(tl.pointer_type(dtype))
+    if ALIGNED:
+        return tl.load(tl.multiple_of(p, 16) + offsets)
+    else:  # noqa: RET505  (Triton compiles what follows a constant branch)
+        return tl.load(p + offsets, live, 0)
+
+
+@triton.jit
+def _load(address, offsets, live, kind, ALIGNED: tl.constexpr, ALIGNED_16: tl.constexpr):
+    """float32 values of a float32, bfloat16 or float16 tensor; ALIGNED_16: also the two of 16 bits are aligned."""
     if kind == 0:
-        x = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, live, 0.0)
+        x = _fetch(address, offsets, live, tl.float32, ALIGNED)
     elif kind == 1:
-        word = tl.load(address.to(tl.pointer_type(tl.uint16)) + offsets, live, 0)
+        word = _fetch(address, offsets, live, tl.uint16, ALIGNED_16)
         x = (word.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
-        x = tl.load(address.to(tl.pointer_type(tl.float16)) + offsets, live, 0.0).to(tl.float32)
+        x = _fetch(address, offsets, live, tl.float16, ALIGNED_16).to(tl.float32)
     return x
 
 
@@ -134,24 +153,39 @@ def _chunk(
     mean, m2, m3, m4, zeros = n, n, n, n, n
     k = tl.zeros((LANES,), tl.int32)
     low, high = n + float("inf"), n - float("inf")
+    size = tl.where(kind == FLOAT64, 8, tl.where(kind == 0, 4, 2))
     at = first
     while at < end:
+        row, column = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, COLUMNS).to(tl.int64)
         if ACROSS:
-            rows, columns = at + tl.arange(0, ROWS).to(tl.int64), channel + tl.arange(0, COLUMNS).to(tl.int64)
-            offsets = rows[:, None] * step_a + columns[None, :] * step_c
-            live = (rows < end)[:, None] & (columns < c)[None, :]
+            start = address + (at * step_a + channel * step_c) * size
+            full = (at + ROWS <= end) & (channel + COLUMNS <= c) & (step_a % 16 == 0)
+            close = row[:, None] * (step_a // 16 * 16) + column[None, :]
+            offsets = row[:, None] * step_a + column[None, :]
+            live = (row < end - at)[:, None] & (column < c - channel)[None, :]
         else:
-            position = at + tl.arange(0, ROWS).to(tl.int64)
-            live = (position < end)[None, :]
+            start = address + (channel * step_c + tl.where(a == 1, at, 0)) * size
+            full = (at + ROWS <= end) & (a == 1)
+            close = row[None, :]
+            live = (row < end - at)[None, :]
             if a == 1:
-                offsets = (channel * step_c + position)[None, :]
+                offsets = row[None, :]
             else:
-                offsets = (channel * step_c + position // i * step_a + position % i)[None, :]
+                position = (at + row)[None, :]
+                offsets = position // i * step_a + position % i
+        full = full & (start % 16 == 0)
         if WIDE:
-            x64 = tl.load(address.to(tl.pointer_type(tl.float64)) + offsets, live, 0.0)
+            if full:
+                x64 = _fetch(start, close, live, tl.float64, True)
+            else:
+                x64 = _fetch(start, offsets, live, tl.float64, False)
             n_b, mean_b, m2_b, m3_b, m4_b, k_b, low_b, high_b, zeros_b = _tile(x64, live, AXIS)
         else:
-            x = _load(address, offsets, live, kind)
+            if full:
+                # 8 columns a thread would keep 8 float64 sums of each kind in registers, and spill.
+                x = _load(start, close, live, kind, True, not ACROSS)
+            else:
+                x = _load(start, offsets, live, kind, False, False)
             n_b, mean_b, m2_b, m3_b, m4_b, k_b, low_b, high_b, zeros_b = _tile(x, live, AXIS)
         n, mean, m2, m3, m4, k = _merged(n, mean, m2, m3, m4, k, n_b, mean_b, m2_b, m3_b, m4_b, k_b)
         low, high, zeros = tl.minimum(low, low_b), tl.maximum(high, high_b), zeros + zeros_b
@@ -181,49 +215,34 @@ def _segment(segments_ptr, count, COLUMN: tl.constexpr, number):
     return segments_ptr + low * SEGMENT_SIZE
 
 
-SEGMENT_SIZE = tl.constexpr(SEGMENT)
-
-
 @triton.jit
 def _read(
     segments_ptr, records_ptr, segments, total,
-    RUN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES_A_CHUNK: tl.constexpr,
+    WIDE: tl.constexpr, ACROSS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES_A_CHUNK: tl.constexpr,
 ):  # fmt: skip
     task = tl.program_id(0).to(tl.int64)
-    s = _segment(segments_ptr, segments, FIRST_TASK, task)
+    COLUMN: tl.constexpr = FIRST_TASK + 2 * ACROSS + WIDE
+    s = _segment(segments_ptr, segments, COLUMN, task)
     address, kind = tl.load(s + ADDRESS), tl.load(s + KIND)
     a, c, i = tl.load(s + A), tl.load(s + C), tl.load(s + I)
     step_a, step_c = tl.load(s + STEP_A), tl.load(s + STEP_C)
     chunks, first_record = tl.load(s + CHUNKS), tl.load(s + FIRST_RECORD)
-    task -= tl.load(s + FIRST_TASK)
-    if (i == 1) & (step_c == 1):
+    task -= tl.load(s + COLUMN)
+    if ACROSS:
         blocks = (c + COLUMNS - 1) // COLUMNS
-        channel, chunk = task % blocks * COLUMNS, task // blocks
-        first = chunk * ROWS * TILES_A_CHUNK
-        end = tl.minimum(first + ROWS * TILES_A_CHUNK, a)
-        record = first_record + chunk * c + channel
-        if kind == FLOAT64:
-            _chunk(records_ptr, total, record, address, kind, a, c, i, step_a, step_c, channel, first, end,
-                   True, True, ROWS, COLUMNS)  # fmt: skip
-        else:
-            _chunk(records_ptr, total, record, address, kind, a, c, i, step_a, step_c, channel, first, end,
-                   False, True, ROWS, COLUMNS)  # fmt: skip
+        channel, chunk, values = task % blocks * COLUMNS, task // blocks, a
     else:
-        channel, chunk = task // chunks, task % chunks
-        first = chunk * RUN * TILES_A_CHUNK
-        end = tl.minimum(first + RUN * TILES_A_CHUNK, a * i)
-        record = first_record + chunk * c + channel
-        if kind == FLOAT64:
-            _chunk(records_ptr, total, record, address, kind, a, c, i, step_a, step_c, channel, first, end,
-                   True, False, RUN, COLUMNS)  # fmt: skip
-        else:
-            _chunk(records_ptr, total, record, address, kind, a, c, i, step_a, step_c, channel, first, end,
-                   False, False, RUN, COLUMNS)  # fmt: skip
+        channel, chunk, values = task // chunks, task % chunks, a * i
+    first = chunk * ROWS * TILES_A_CHUNK
+    end = tl.minimum(first + ROWS * TILES_A_CHUNK, values)
+    record = first_record + chunk * c + channel
+    _chunk(records_ptr, total, record, address, kind, a, c, i, step_a, step_c, channel, first, end,
+           WIDE, ACROSS, ROWS, COLUMNS)  # fmt: skip
 
 
 @triton.jit
 def _combine(
-    segments_ptr, records_ptr, counts_ptr, values_ptr, segments, total, channels, correction,
+    segments_ptr, records_ptr, counts_ptr, values_ptr, segments, total, channels,
     HIGH_ORDER: tl.constexpr, RECORDS: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0).to(tl.int64)
@@ -270,7 +289,7 @@ def _combine(
     q2, q3, q4 = tl.where(varies, q2, 0.0), tl.where(varies, q3, 0.0), tl.where(varies, q4, 0.0)
     spread = tl.where(varies, q2, 1.0)
     skew, kurtosis = q3 / (spread * tl.sqrt(spread)), q4 / (spread * spread)
-    free = count - correction
+    free = count - tl.load(s + CORRECTION).to(tl.float64, bitcast=True)
     m2, m3, m4 = _scaled(_scaled(q2, top), top), q3, q4
     for _ in tl.static_range(3):
         m3 = _scaled(m3, top)
@@ -294,14 +313,19 @@ def _combine(
     tl.store(out + 9 * channels, tl.where(full, m4, nothing))
 
 
-def _plan(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape]) -> tuple[np.ndarray, int, int, int]:
-    """A segment a tensor, and the numbers of tasks, records and channels."""
-    rows, tasks, records, channels = [], 0, 0, 0
+def _plan(
+    tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], correction: float
+) -> tuple[np.ndarray, list[int], int, int]:
+    """A segment a tensor, and the numbers of tasks of every class, of records and of channels."""
+    rows, tasks, records, channels = [], [0, 0, 0, 0], 0, 0
+    bits = int(np.float64(correction).view(np.int64))  # a float argument would arrive as float32
     for x, (a, c, i, step_a, step_c) in zip(tensors, shapes, strict=True):
         across = i == 1 and step_c == 1
-        chunks = -(-a // CHUNK_ROWS) if across else -(-a * i // CHUNK)
-        rows.append((x.data_ptr(), KINDS[x.dtype], a, c, i, step_a, step_c, chunks, tasks, records, channels))
-        tasks += chunks * (-(-c // TILES["columns"]) if across else c)
+        tile = TILES[2 * across + (x.dtype == torch.float64)]
+        chunks = -(-a * i // (tile["rows"] * tile["tiles"]))
+        kind = KINDS[x.dtype]
+        rows.append((x.data_ptr(), kind, a, c, i, step_a, step_c, chunks, records, channels, bits, *tasks))
+        tasks[2 * across + (kind == 3)] += chunks * (-(-c // tile["columns"]) if across else c)
         records += chunks * c
         channels += c
     return np.array(rows, np.int64), tasks, records, channels
@@ -312,7 +336,7 @@ def moments(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Moments of tensors on one GPU: see initperf/reference/moments.py for the arguments and the result."""
     device = tensors[0].device
-    plan, tasks, records, channels = _plan(tensors, shapes)
+    plan, tasks, records, channels = _plan(tensors, shapes, correction)
     segments = torch.from_numpy(plan)
     if device.type == "cuda":
         segments = segments.pin_memory().to(device, non_blocking=True)
@@ -320,15 +344,16 @@ def moments(
     counts = torch.empty((2, channels), dtype=torch.int64, device=device)
     values = torch.empty((VALUES, channels), dtype=torch.float64, device=device)
     number, total = len(tensors), parts.shape[1]
-    if tasks:
-        _read[(tasks,)](
-            segments, parts, number, total,
-            RUN=TILES["run"], ROWS=TILES["rows"], COLUMNS=TILES["columns"], TILES_A_CHUNK=CHUNK // TILES["run"],
-            num_warps=TILES["warps"],
-        )  # fmt: skip
+    for kind, (programs, tile) in enumerate(zip(tasks, TILES, strict=True)):
+        if programs:
+            _read[(programs,)](
+                segments, parts, number, total,
+                WIDE=kind % 2, ACROSS=kind // 2, ROWS=tile["rows"], COLUMNS=tile["columns"],
+                TILES_A_CHUNK=tile["tiles"], num_warps=tile["warps"],
+            )  # fmt: skip
     if channels:
         _combine[(channels,)](
-            segments, parts, counts, values, number, total, channels, correction,
-            HIGH_ORDER=order > 2, RECORDS=TILES["records"], num_warps=TILES["warps"],
+            segments, parts, counts, values, number, total, channels,
+            HIGH_ORDER=order > 2, RECORDS=RECORDS_A_STEP, num_warps=4,
         )  # fmt: skip
     return counts, values
