@@ -28,6 +28,12 @@ def folder(tmp_path):
     return write_run(tmp_path / "run")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without figures: most of a page's time goes into them."""
+    monkeypatch.setattr("initperf.report._figures", lambda run, other: "")
+
+
 def rewrite(path, change):
     """Every row of a csv file through `change`, which returns the new row, or None to drop it."""
     with path.open(newline="") as file:
@@ -218,7 +224,7 @@ def test_the_report_is_one_page_that_loads_nothing(folder):
     assert all((folder / link).is_file() for link in page.links)
 
 
-def test_the_report_carries_verdict_tables_recipe_and_data_attribution(folder):
+def test_the_report_carries_verdict_tables_recipe_and_data_attribution(folder, undrawn):
     text = write_report(folder).read_text()
     run = read_run(folder)
     for expected in (verdict(run).headline, "reduced budget", "CC BY 4.0", "versions.torch", "2.13.0", "rng_version"):
@@ -231,7 +237,7 @@ def test_the_report_is_the_same_when_written_again(folder):
     assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
 
 
-def test_text_from_the_run_cannot_become_markup(tmp_path):
+def test_text_from_the_run_cannot_become_markup(tmp_path, undrawn):
     folder = write_run(tmp_path / "run", recipe="<script>x</script>", attribution="<b>&", budget='"<i>"')
     page = Page(write_report(folder).read_text())
     assert not page.tags & {"script", "i"}
@@ -244,7 +250,7 @@ def test_a_run_that_was_cut_off_after_its_results_still_gets_a_report(folder):
     assert len(Page(write_report(folder).read_text()).images) == 2
 
 
-def test_a_run_with_networks_missing_is_labelled_unfinished(folder):
+def test_a_run_with_networks_missing_is_labelled_unfinished(folder, undrawn):
     assert "unfinished" not in write_report(folder).read_text().lower()
     rewrite(folder / "results.csv", lambda row: row if (row["trial"], row["level"]) != ("4", "3") else None)
     text = write_report(folder).read_text()
@@ -266,7 +272,7 @@ def test_a_second_run_is_set_beside_the_first(folder, tmp_path):
     assert verdict(read_run(other)).headline in text
 
 
-def test_a_run_compared_with_its_twin_is_found_equal_but_for_the_clock(folder, tmp_path):
+def test_a_run_compared_with_its_twin_is_found_equal_but_for_the_clock(folder, tmp_path, undrawn):
     twin = write_run(tmp_path / "twin")
     rewrite(twin / "results.csv", lambda row: row | {"train_seconds": "99"})
     assert "equal in every digit" in write_report(folder, twin).read_text()
@@ -274,7 +280,7 @@ def test_a_run_compared_with_its_twin_is_found_equal_but_for_the_clock(folder, t
     assert "equal in every digit" not in write_report(folder, twin).read_text()
 
 
-def test_a_failed_write_leaves_the_old_report_and_nothing_else(folder, monkeypatch):
+def test_a_failed_write_leaves_the_old_report_and_nothing_else(folder, monkeypatch, undrawn):
     before = write_report(folder).read_bytes()
     names = sorted(p.name for p in folder.iterdir())
     rewrite(folder / "results.csv", lambda row: row if row["trial"] == "0" else None)
@@ -289,6 +295,7 @@ def test_a_failed_write_leaves_the_old_report_and_nothing_else(folder, monkeypat
     assert sorted(p.name for p in folder.iterdir()) == names
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
