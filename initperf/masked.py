@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -307,7 +307,7 @@ def sparsify(
             layer.set_mask(mask)
         else:
             layer.__class__ = MaskedLinear  # the same module and Parameter objects, so hooks and optimizers stay
-            layer._adopt(mask)
+            cast(MaskedLinear, layer)._adopt(mask)
     return model
 
 
@@ -328,7 +328,7 @@ def _by_magnitude(linears: Mapping[str, nn.Linear], density: float | Mapping[str
     from initperf import prune
 
     check(len(linears) > 0, "a model with nn.Linear layers", "none")
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for name, (_, fraction) in prune.fractions_by_name(list(linears), density).items():
         layer = linears[name]
         _check_linear(layer, name)
@@ -372,7 +372,7 @@ def densify(model: nn.Module) -> nn.Module:
         layer._buffers.pop("weight_mask")
         layer.__dict__.pop("_pattern", None)
         _layers.discard(layer)
-        layer.__class__ = nn.Linear
+        cast(nn.Module, layer).__class__ = nn.Linear
     return model
 
 

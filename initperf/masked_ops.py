@@ -26,10 +26,17 @@ _COST_HALF = 2.0  # how much faster 16-bit dense products are
 _SMALL = 1 << 14  # weights under which the calls cost more than the products
 
 
-def choose(rows: int, shape: torch.Size, dtype: torch.dtype, device: str, pattern: list[Tensor]) -> bool:
-    """Whether the sparse kernel runs, or the dense product: the one place that decides. rows: of the batch; shape: of the weight."""
+def choose(
+    rows: int, shape: torch.Size, dtype: torch.dtype, device: str, pattern: list[Tensor], *, masks: bool = True
+) -> bool:
+    """Whether our kernel runs, or the dense product: the one place that decides.
+
+    rows: of the batch; shape: of the weight; masks: the dense product would have to mask an operand or its result.
+    """
     weights = shape.numel()
-    if device != "cpu" or not pattern or weights <= _SMALL:
+    if device == "cuda":
+        return bool(pattern) and masks
+    if not pattern or weights <= _SMALL:
         return False
     cost = next(cost for limit, cost in _COST if rows <= limit)
     if dtype.itemsize == 2:
@@ -39,9 +46,8 @@ def choose(rows: int, shape: torch.Size, dtype: torch.dtype, device: str, patter
 
 def _run(name: str, rows: int, like: Tensor, mask: Tensor, pattern: list[Tensor], *args: Any) -> Tensor:
     device = like.device.type
-    sparse = choose(rows, mask.shape, like.dtype, device, pattern)
-    tiles = device == "cuda" and name == "masked_grad_weight" and bool(pattern)
-    if sparse or tiles or ops.backend_of(name, device) == "reference":
+    sparse = choose(rows, mask.shape, like.dtype, device, pattern, masks=args[-1] is not True)
+    if sparse or ops.backend_of(name, device) == "reference":
         return ops.implementation(name, device)(*args)
     ops.CALLS[name, _DENSE[device]] += 1
     return getattr(reference, name)(*args)
@@ -83,14 +89,14 @@ masked_grad_weight = ops.define(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, mask, premasked, *pattern):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, mask, premasked, *pattern):
         ctx.save_for_backward(x, weight, mask, *pattern)
         ctx.premasked = premasked
         with torch._C._AutoDispatchBelowAutograd():
             return masked_linear(x, weight, bias, mask, pattern, premasked)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+    def backward(ctx, dy):
         x, weight, mask, *pattern = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = masked_grad_input(dy, weight, mask, pattern, ctx.premasked) if needs_x else None
@@ -100,14 +106,14 @@ class _Linear(torch.autograd.Function):
 
 class _GradInput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, dy, weight, mask, premasked, *pattern):  # type: ignore[no-untyped-def]
+    def forward(ctx, dy, weight, mask, premasked, *pattern):
         ctx.save_for_backward(dy, weight, mask, *pattern)
         ctx.premasked = premasked
         with torch._C._AutoDispatchBelowAutograd():
             return masked_grad_input(dy, weight, mask, pattern, premasked)
 
     @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
+    def backward(ctx, g):
         dy, weight, mask, *pattern = ctx.saved_tensors
         needs_dy, needs_weight = ctx.needs_input_grad[:2]
         ddy = masked_linear(g, weight, None, mask, pattern, ctx.premasked) if needs_dy else None
@@ -117,13 +123,13 @@ class _GradInput(torch.autograd.Function):
 
 class _GradWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, dy, x, mask, *pattern):  # type: ignore[no-untyped-def]
+    def forward(ctx, dy, x, mask, *pattern):
         ctx.save_for_backward(dy, x, mask, *pattern)
         with torch._C._AutoDispatchBelowAutograd():
             return masked_grad_weight(dy, x, mask, pattern)
 
     @staticmethod
-    def backward(ctx, g):  # type: ignore[no-untyped-def]
+    def backward(ctx, g):
         dy, x, mask, *pattern = ctx.saved_tensors
         needs_dy, needs_x = ctx.needs_input_grad[:2]
         ddy = masked_linear(x, g, None, mask, pattern, False) if needs_dy else None  # g is any tensor: not masked

@@ -93,7 +93,7 @@ def _multiply_tasks(
                 corner = shifted(w, p * panel * w_strides[0] + k0 * w_strides[1])
                 slots += gather(records, per_panel, columns, corner, w_strides[0], w_strides[1], shifted(values, slots))
             for i in range(count):
-                slot = 0
+                slot = np.int64(0)
                 for p in range(p0, p1):
                     records = shifted(units, (p * blocks + kb) * per_panel * 4)
                     place = shifted(columns, np.int64(records[3]))

@@ -61,7 +61,7 @@ def _count_panels(mask_address, stride_row, stride_column, sizes, block, units, 
             )
             places[:] = 0
             for i in range(panel):
-                count = 0
+                count = np.int64(0)
                 if i < rows:
                     for j in range(columns):
                         count += tile[i, j]
@@ -106,7 +106,7 @@ def _fill_panels(mask_address, stride_row, stride_column, sizes, block, units, c
                 steps = np.int64(np.uint32(units[p, kb, u, 2]) >> np.uint32(16))
                 for r in range(ROWS):
                     row = np.int64((numbers >> np.uint32(8 * r)) & np.uint32(255))
-                    count = 0
+                    count = np.int64(0)
                     if row < rows:
                         for j in range(width):
                             found[count] = j
@@ -154,7 +154,7 @@ def _fill_parallel(workers, mask_address, stride_row, stride_column, sizes, bloc
 @jit()
 def _place(units):
     """Number the slots: every unit's start. Returns how many there are."""
-    total = 0
+    total = np.int64(0)
     for p in range(units.shape[0]):
         for kb in range(units.shape[1]):
             for u in range(units.shape[2]):

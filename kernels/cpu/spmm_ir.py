@@ -12,7 +12,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
+
+intrinsic: Any = _intrinsic
 
 LANES = 16
 ROWS = 4  # rows of a unit: as many independent chains of sums, and one 32-bit load brings their four columns
@@ -214,16 +216,17 @@ def _zero(kind: ir.VectorType) -> ir.Constant:
 
 
 class _Loop:
-    """for j in range(0, steps): the body written between `with` and its end. phi(start, next) are the carried values."""
+    """for j in range(first, steps, stride): the body is what is written before end(); `carried` starts as `start`."""
 
-    def __init__(self, builder: Any, steps: Any, start: list[Any]) -> None:
+    def __init__(self, builder: Any, steps: Any, start: list[Any], first: Any = None, stride: int = 1) -> None:
+        self.stride = stride
         self.builder, self.steps = builder, steps
         self.entry = builder.block
         self.head, self.body, self.done = (builder.append_basic_block(n) for n in ("head", "body", "done"))
         builder.branch(self.head)
         builder.position_at_end(self.head)
         self.j = builder.phi(_I64)
-        self.j.add_incoming(_const(0), self.entry)
+        self.j.add_incoming(_const(0) if first is None else first, self.entry)
         self.carried = [builder.phi(s.type) for s in start]
         for phi, s in zip(self.carried, start, strict=True):
             phi.add_incoming(s, self.entry)
@@ -232,7 +235,7 @@ class _Loop:
 
     def end(self, new: list[Any]) -> None:
         builder = self.builder
-        self.j.add_incoming(builder.add(self.j, _const(1)), builder.block)
+        self.j.add_incoming(builder.add(self.j, _const(self.stride)), builder.block)
         for phi, value in zip(self.carried, new, strict=True):
             phi.add_incoming(value, builder.block)
         builder.branch(self.head)
@@ -263,18 +266,34 @@ def multiply_unit(typingctx: Any, width: Any, columns: Any, values: Any, x: Any,
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, cols, vals, x_tile, y_tile, numbers, n = args
         lines = _rows(builder, y_tile, numbers, count)
-        start = [_load(builder, line, v * LANES, element, 64) for line in lines for v in range(count)]
-        loop = _Loop(builder, n, start)
-        new = []
-        base = builder.mul(loop.j, _const(ROWS))
-        for r, xs in enumerate(_columns(builder, cols, loop.j, x_tile, count)):
-            value = _splat(builder, builder.load(_at(builder, vals, builder.add(base, _const(r)))))
-            for v in range(count):
-                lanes = _load(builder, xs, v * LANES, element, 64)
-                new.append(_fma(builder, value, lanes, loop.carried[r * count + v]))
-        loop.end(new)
-        for i, total in enumerate(loop.carried):
-            _store(builder, total, lines[i // count], i % count * LANES, 64)
+
+        def step(j: Any, sums: list[Any]) -> list[Any]:
+            new = []
+            base = builder.mul(j, _const(ROWS))
+            for r, xs in enumerate(_columns(builder, cols, j, x_tile, count)):
+                value = _splat(builder, builder.load(_at(builder, vals, builder.add(base, _const(r)))))
+                for v in range(count):
+                    lanes = _load(builder, xs, v * LANES, element, 64)
+                    new.append(_fma(builder, value, lanes, sums[r * count + v]))
+            return new
+
+        size = ROWS * count
+        start = [_zero(_vector(element))] * size
+        if count == 1:  # registers to spare: two chains of sums, for even and odd steps
+            even = builder.and_(n, _const(-2))
+            pairs = _Loop(builder, even, start * 2, stride=2)
+            odd = step(builder.add(pairs.j, _const(1)), pairs.carried[size:])
+            pairs.end(step(pairs.j, pairs.carried[:size]) + odd)
+            start = [builder.fadd(a, b) for a, b in zip(pairs.carried[:size], pairs.carried[size:], strict=True)]
+            loop = _Loop(builder, n, start, first=even)
+        else:
+            loop = _Loop(builder, n, start)
+        loop.end(step(loop.j, loop.carried))
+        for i, total in enumerate(
+            loop.carried
+        ):  # a block's sum is made alone, and then added: as exact as dense blocking
+            line, place = lines[i // count], i % count * LANES
+            _store(builder, builder.fadd(_load(builder, line, place, element, 64), total), line, place, 64)
         return ctx.get_dummy_value()
 
     return types.void(width, columns, values, x, y, types.uint32, types.int64), codegen

@@ -66,7 +66,7 @@ def start_sums(width, bias, has_bias, rows, padded, tile):
 def gather(units, count, columns, weight, stride_row, stride_column, out):
     """out[slot] = weight[row, column] of `count` units, padding 0. Returns the number of slots."""
     first = np.int64(units[3])
-    total = 0
+    total = np.int64(0)
     for u in range(count):
         record = shifted(units, u * 4)
         numbers = np.uint32(record[0])
@@ -77,10 +77,10 @@ def gather(units, count, columns, weight, stride_row, stride_column, out):
             line = shifted(weight, row * stride_row)
             survivors = np.int64((np.uint32(record[1 + r // 2]) >> np.uint32(16 * (r % 2))) & np.uint32(0xFFFF))
             place = start + r
-            for j in range(survivors):
+            for _ in range(survivors):
                 store(out, place - first, load(line, np.int64(columns[place]) * stride_column))
                 place += ROWS
-            for j in range(survivors, steps):
+            for _ in range(survivors, steps):
                 store(out, place - first, ZERO)
                 place += ROWS
         total = start - first + ROWS * steps
@@ -104,6 +104,6 @@ def scatter(units, count, columns, sums, rows, width, out, stride):
                 store(line, j, ZERO)
             survivors = np.int64((np.uint32(record[1 + r // 2]) >> np.uint32(16 * (r % 2))) & np.uint32(0xFFFF))
             place = start + r
-            for j in range(survivors):
+            for _ in range(survivors):
                 store(line, np.int64(columns[place]), load(sums, place - first))
                 place += ROWS

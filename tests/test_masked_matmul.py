@@ -1,0 +1,284 @@
+"""The three masked products: every backend against float64, each other's gradients, and the index they read."""
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close_to_exact, bits
+
+from initperf import masked_ops
+from initperf.pattern import SparsePattern
+from initperf.reference import masked_matmul as reference
+
+SHAPES = [  # B, K, N
+    (60, 300, 100),
+    (16, 130, 64),
+    (30, 63, 260),
+    (64, 500, 37),
+    (100, 129, 257),
+    (3, 8, 300),
+]
+DENSITIES = [0.0, 0.02, 0.1, 0.5, 1.0]
+
+
+def operands(B, K, N, density, dtype=torch.float32, seed=0, device="cpu"):
+    """x, dy, weight (masked), bias, mask."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(N, K, generator=generator) < density
+    if N > 5:
+        mask[N // 2] = False  # a dead row
+        mask[1] = density > 0  # and a full one
+    x, dy, weight, bias = (torch.randn(s, generator=generator).to(dtype) for s in ((B, K), (B, N), (N, K), (N,)))
+    return tuple(t.to(device) for t in (x, dy, weight.masked_fill(~mask, 0), bias, mask))
+
+
+def exact(a, b):
+    """a @ b, in extended precision where the operands are float64 themselves."""
+    if a.dtype != torch.float64:
+        return a.double() @ b.double()
+    product = np.asarray(a.numpy(), np.longdouble) @ np.asarray(b.numpy(), np.longdouble)
+    return torch.from_numpy(product.astype(np.float64))
+
+
+def check_products(module, x, dy, weight, bias, mask, pattern, premasked=True):
+    """All three products of a backend are as close to float64 as torch's dense ones in the same dtype."""
+    narrow = torch.where(mask, weight, 0)
+    y = module.masked_linear(x, weight, bias, mask, pattern, premasked)
+    dense = torch.nn.functional.linear(x, narrow, bias)
+    one = x.new_ones(len(x), 1)
+    with_bias = (x, narrow) if bias is None else (torch.cat([x, one], 1), torch.cat([narrow, bias[:, None]], 1))
+    assert_close_to_exact(y, exact(with_bias[0], with_bias[1].t()), dense)
+    dx = module.masked_grad_input(dy, weight, mask, pattern, premasked)
+    assert_close_to_exact(dx, exact(dy, narrow), dy @ narrow)
+    dw = module.masked_grad_weight(dy, x, mask, pattern)
+    assert_close_to_exact(dw, torch.where(mask, exact(dy.t(), x), 0), torch.where(mask, dy.t() @ x, 0))
+    assert not bits(dw)[~mask].any(), "a pruned weight has a gradient that is not +0"
+
+
+def numba():
+    pytest.importorskip("numba")
+    return import_module("initperf.kernels.cpu.masked_matmul"), import_module(
+        "initperf.kernels.cpu.pattern"
+    ).pattern_tensors
+
+
+def triton():
+    pytest.importorskip("triton")
+    return import_module("initperf.kernels.gpu.masked_matmul"), import_module(
+        "initperf.kernels.gpu.pattern"
+    ).pattern_tensors
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_numba_products_are_as_exact_as_dense_ones(shape, density):
+    module, pattern_of = numba()
+    x, dy, weight, bias, mask = operands(*shape, density)
+    check_products(module, x, dy, weight, bias, mask, pattern_of(mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_numba_products_keep_the_dtype_and_sum_16_bit_values_in_float32(dtype):
+    module, pattern_of = numba()
+    B, K, N = (16, 130, 64) if dtype == torch.float64 else (60, 300, 100)
+    for density in (0.0, 0.1, 1.0):
+        x, dy, weight, bias, mask = operands(B, K, N, density, dtype)
+        check_products(module, x, dy, weight, None if density == 0.1 else bias, mask, pattern_of(mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("shape", "density"), [((7, 37, 41), 0.3), ((33, 130, 200), 0.05), ((5, 64, 70), 1.0)])
+def test_the_triton_products_are_as_exact_as_dense_ones(shape, density, dtype, gpu_device):
+    module, pattern_of = triton()
+    x, dy, weight, bias, mask = operands(*shape, density, dtype, device=gpu_device)
+    check_products(module, x, dy, weight + 1, bias, mask, pattern_of(mask), premasked=False)
+
+
+def assert_within_summation_error(got, a, b):
+    """Whatever the order, a sum of n products of float32 is off by at most n u / (1 - n u) times the sum of their magnitudes
+    (Higham, Accuracy and Stability, section 3.1), plus half the smallest subnormal a product. With few outputs, dense's own
+    largest error, which tolerance.py measures by, may be 0 by luck.
+    """
+    n, unit = a.shape[1], 2.0**-24
+    bound = n * unit / (1 - n * unit) * (a.double().abs() @ b.double().abs()) + n * 2.0**-150
+    assert got.shape == bound.shape
+    assert ((got.double() - a.double() @ b.double()).abs() <= bound).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    B=st.integers(0, 70), K=st.integers(1, 300), N=st.integers(1, 300), density=st.floats(0, 1), seed=st.integers(0, 99)
+)
+@example(B=1, K=37, N=41, density=0.1, seed=0)
+@example(B=7, K=1, N=1, density=1.0, seed=0)
+def test_any_shape_and_density_is_within_the_error_of_summation(B, K, N, density, seed):
+    module, pattern_of = numba()
+    x, dy, weight, bias, mask = operands(B, K, N, density, seed=seed)
+    pattern = pattern_of(mask)
+    y = module.masked_linear(x, weight, bias, mask, pattern, True)
+    assert_within_summation_error(y, torch.cat([x, x.new_ones(B, 1)], 1), torch.cat([weight, bias[:, None]], 1).t())
+    assert_within_summation_error(module.masked_grad_input(dy, weight, mask, pattern, True), dy, weight)
+    dw = module.masked_grad_weight(dy, x, mask, pattern)
+    assert not bits(dw)[~mask].any()
+    assert_within_summation_error(torch.where(mask, dw.double(), dy.double().t() @ x.double()), dy.t(), x)
+
+
+def test_the_reference_masks_whatever_weight_it_is_given():
+    x, dy, weight, bias, mask = operands(9, 20, 30, 0.4)
+    check_products(reference, x, dy, weight + 1, bias, mask, [], premasked=False)
+
+
+def test_the_kernels_read_survivors_only():
+    module, pattern_of = numba()
+    x, dy, weight, bias, mask = operands(20, 70, 90, 0.2)
+    dirty = torch.where(mask, weight, float("nan"))
+    pattern = pattern_of(mask)
+    for op, first in (("masked_linear", (x,)), ("masked_grad_input", (dy,))):
+        rest = ((bias,) if op == "masked_linear" else ()) + (mask, pattern, False)
+        clean = getattr(module, op)(*first, weight, *rest)
+        assert torch.equal(bits(getattr(module, op)(*first, dirty, *rest)), bits(clean))
+
+
+def test_strides_do_not_matter():
+    module, pattern_of = numba()
+    x, dy, weight, bias, mask = operands(30, 70, 90, 0.2)
+    pattern = pattern_of(mask)
+    y, dx, dw = (
+        module.masked_linear(x, weight, bias, mask, pattern, True),
+        module.masked_grad_input(dy, weight, mask, pattern, True),
+        module.masked_grad_weight(dy, x, mask, pattern),
+    )
+
+    def feature_major(t):
+        return t.t().contiguous().t()
+
+    def spread(t):
+        wide = t.new_full((t.shape[0], 2 * t.shape[1]), float("nan"))
+        wide[:, ::2] = t
+        return wide[:, ::2]
+
+    for odd in (feature_major, spread):
+        assert torch.equal(bits(module.masked_linear(odd(x), odd(weight), bias, mask, pattern, True)), bits(y))
+        assert torch.equal(bits(module.masked_grad_input(odd(dy), odd(weight), mask, pattern, True)), bits(dx))
+        assert torch.equal(bits(module.masked_grad_weight(odd(dy), odd(x), mask, pattern)), bits(dw))
+    row = dy[:1].expand(30, 90)
+    assert torch.equal(
+        bits(module.masked_grad_weight(row, x, mask, pattern)),
+        bits(module.masked_grad_weight(row.contiguous(), x, mask, pattern)),
+    )
+    assert torch.equal(pattern_of(mask.t().contiguous().t())[1], pattern[1])
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    module, pattern_of = numba()
+    x, dy, weight, bias, mask = operands(200, 600, 700, 0.1)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            pattern = pattern_of(mask)
+            results.append(
+                [
+                    *pattern,
+                    bits(module.masked_linear(x, weight, bias, mask, pattern, True)),
+                    bits(module.masked_grad_input(dy, weight, mask, pattern, True)),
+                    bits(module.masked_grad_weight(dy, x, mask, pattern)),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_permuting_the_batch_permutes_the_output():
+    module, pattern_of = numba()
+    x, dy, weight, bias, mask = operands(64, 300, 100, 0.1)
+    pattern, order = pattern_of(mask), torch.randperm(64)
+    y = module.masked_linear(x, weight, bias, mask, pattern, True)
+    assert torch.equal(bits(module.masked_linear(x[order], weight, bias, mask, pattern, True)), bits(y[order]))
+
+
+def test_the_index_holds_every_survivor_once():
+    _, pattern_of = numba()
+    for shape, density in (((257, 300), 0.1), ((40, 5), 0.5), ((300, 600), 0.01), ((3, 700), 1.0), ((64, 256), 0.03)):
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < density
+        units, columns, *transposed = pattern_of(mask)
+        assert torch.equal(survivors(units, columns, shape), mask)
+        assert torch.equal(survivors(*transposed, shape[::-1]), mask.t())
+
+
+def survivors(units, columns, shape):
+    """The mask that an index describes; a survivor named twice fails."""
+    panels, blocks, quads, _ = units.shape
+    block = 128 if blocks == -(-shape[1] // 128) else 256
+    mask = torch.zeros(shape, dtype=torch.bool)
+    records = units.view(torch.uint8).view(panels, blocks, quads, 16)
+    counts = units[..., 1:3].contiguous().view(torch.int16).view(panels, blocks, quads, 4)
+    for p in range(panels):
+        for kb in range(blocks):
+            for u in range(quads):
+                start = int(units[p, kb, u, 3])
+                assert counts[p, kb, u].tolist() == sorted(counts[p, kb, u].tolist())
+                for r in range(4):
+                    row = p * quads * 4 + int(records[p, kb, u, r])
+                    for j in range(int(counts[p, kb, u, r])):
+                        column = kb * block + int(columns[start + 4 * j + r])
+                        assert not mask[row, column]
+                        mask[row, column] = True
+    return mask
+
+
+def test_the_dense_products_of_the_ops_are_counted_under_their_own_name(monkeypatch):
+    x, _, weight, bias, mask = operands(20, 70, 90, 0.2)
+    pattern = SparsePattern(mask).tensors
+    for sparse, backend in ((True, "numba"), (False, "mkl")):
+        monkeypatch.setattr(masked_ops, "choose", lambda *args, _sparse=sparse, **kwargs: _sparse)
+        before = masked_ops.ops.CALLS["masked_linear", backend]
+        masked_ops.masked_linear(x, weight, bias, mask, pattern, True)
+        assert masked_ops.ops.CALLS["masked_linear", backend] == before + 1
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_gradients_and_their_gradients_are_those_of_the_definition(monkeypatch, sparse):
+    monkeypatch.setattr(masked_ops, "choose", lambda *args, **kwargs: sparse)
+    x, dy, weight, bias, mask = operands(3, 5, 6, 0.5, torch.float64)
+    pattern = SparsePattern(mask).tensors
+    for op, inputs, rest in (
+        (masked_ops.masked_linear, (x, weight, bias), (mask, pattern, False)),
+        (masked_ops.masked_grad_input, (dy, weight), (mask, pattern, False)),
+        (masked_ops.masked_grad_weight, (dy, x), (mask, pattern)),
+    ):
+        inputs = tuple(t.clone().requires_grad_() for t in inputs)
+        assert torch.autograd.gradcheck(lambda *t, op=op, rest=rest: op(*t, *rest), inputs)
+        assert torch.autograd.gradgradcheck(lambda *t, op=op, rest=rest: op(*t, *rest), inputs)
+
+
+def test_the_ops_pass_opcheck():
+    x, dy, weight, bias, mask = operands(4, 6, 7, 0.5)
+    pattern = SparsePattern(mask).tensors
+    x.requires_grad_(), weight.requires_grad_()
+    torch.library.opcheck(masked_ops.masked_linear, (x, weight, bias, mask, pattern, True))
+    torch.library.opcheck(masked_ops.masked_linear, (x, weight, None, mask, [], False))
+    torch.library.opcheck(masked_ops.masked_grad_input, (dy.requires_grad_(), weight, mask, pattern, True))
+    torch.library.opcheck(masked_ops.masked_grad_weight, (dy, x, mask, pattern))
+
+
+def test_dense_runs_where_the_sparse_kernel_would_lose():
+    shape = torch.Size((1024, 1024))
+
+    def sparse(rows, survivors, dtype=torch.float32, device="cpu"):
+        pattern = [torch.empty(0), torch.empty(survivors, device="meta")]
+        return masked_ops.choose(rows, shape, dtype, device, pattern)
+
+    assert sparse(256, shape.numel() // 10)
+    assert not sparse(256, shape.numel())
+    assert not masked_ops.choose(256, shape, torch.float32, "cpu", [])
+    assert not masked_ops.choose(256, torch.Size((8, 8)), torch.float32, "cpu", [torch.empty(0)] * 2)
+    for rows in (1, 16, 64, 1024):  # once dense, dense at any higher density
+        chosen = [sparse(rows, int(shape.numel() * d)) for d in (0.01, 0.1, 0.2, 0.5, 0.7, 1.0)]
+        assert chosen == sorted(chosen, reverse=True)
