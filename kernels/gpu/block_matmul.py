@@ -60,12 +60,11 @@ def _block_matmul(
     bias_ptr,  # (N,) or None
     # output
     y_ptr,  # (B, N)
-    # sizes
+    # sizes, strides: those ending in 8 divided by 8, which tells Triton that 8 divides the whole; N and stride_yb by UNIT
     B,
-    K,
+    K8,
     N,
-    # strides, divided by UNIT, which tells Triton that UNIT divides them
-    stride_xb,
+    stride_xb8,
     stride_yb,
     # scalars, tiles
     TRANSPOSED: tl.constexpr,  # x meets the rows of each block, not its columns
@@ -84,7 +83,7 @@ def _block_matmul(
     begin, end = tl.load(start_ptr + row), tl.load(start_ptr + row + 1)
     rb = tl.program_id(0) * BATCH + tl.arange(0, BATCH)
     ro, ri, rg = tl.arange(0, BLOCK), tl.arange(0, PART), tl.arange(0, MANY)
-    x_row_ptr = x_ptr + tl.minimum(rb, B - 1).to(tl.int64) * stride_xb * UNIT
+    x_row_ptr = x_ptr + tl.minimum(rb, B - 1).to(tl.int64) * stride_xb8 * 8
     acc = tl.zeros((BATCH, BLOCK), tl.float32)
     for step in range(tl.cdiv(end - begin, MANY) * PARTS):
         at = begin + step // PARTS * MANY + rg
@@ -95,7 +94,7 @@ def _block_matmul(
         inner = column[:, None] * BLOCK + part + ri[None, :]
         keep = on[:, None]
         if not EVEN_K:
-            keep = keep & (inner < K)
+            keep = keep & (inner < K8 * 8)
         x = tl.load(x_row_ptr[:, None, None] + inner[None, :, :], mask=keep[None, :, :], other=0.0)
         first = which.to(tl.int64) * (BLOCK * BLOCK)
         if TRANSPOSED:
@@ -107,9 +106,9 @@ def _block_matmul(
         acc = dot(x.reshape(BATCH, INNER), w, acc, PRECISION)
     rn = row * BLOCK + ro
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + rn, mask=rn < N * UNIT, other=0.0).to(tl.float32)[None, :]
     y_row_ptr = y_ptr + rb.to(tl.int64) * stride_yb * UNIT
-    tl.store(y_row_ptr[:, None] + rn[None, :], cast(acc, dtype), mask=(rb < B)[:, None] & (rn < N)[None, :])
+    tl.store(y_row_ptr[:, None] + rn[None, :], cast(acc, dtype), mask=(rb < B)[:, None] & (rn < N * UNIT)[None, :])
 
 
 @triton.jit
@@ -123,16 +122,14 @@ def _block_grad(
     first_ptr,  # (programs,)
     # output
     grad_ptr,  # (blocks, BLOCK, BLOCK)
-    # sizes
+    # sizes, strides: divided by 8
     B,
-    N,
-    K,
-    # strides, divided by UNIT
-    stride_db,
-    stride_xb,
+    N8,
+    K8,
+    stride_db8,
+    stride_xb8,
     # scalars, tiles
     PRECISION: tl.constexpr,
-    UNIT: tl.constexpr,
     EVEN_B: tl.constexpr,  # BATCH divides B
     EVEN: tl.constexpr,  # BLOCK divides N and K
     BLOCK: tl.constexpr,
@@ -146,9 +143,9 @@ def _block_grad(
     column = tl.load(columns_ptr + tl.minimum(at, end - 1))  # the last one again, where there are no more
     rb, ri = tl.arange(0, BATCH), tl.arange(0, BLOCK)
     rn, rk = row * BLOCK + ri, column[:, None] * BLOCK + ri[None, :]
-    on_n, on_k = (rn < N)[None, :], (rk < K)[None, :, :]
-    dy_tile_ptr = dy_ptr + rb.to(tl.int64)[:, None] * stride_db * UNIT + rn[None, :]
-    x_tile_ptr = x_ptr + rb.to(tl.int64)[:, None, None] * stride_xb * UNIT + rk[None, :, :]
+    on_n, on_k = (rn < N8 * 8)[None, :], (rk < K8 * 8)[None, :, :]
+    dy_tile_ptr = dy_ptr + rb.to(tl.int64)[:, None] * stride_db8 * 8 + rn[None, :]
+    x_tile_ptr = x_ptr + rb.to(tl.int64)[:, None, None] * stride_xb8 * 8 + rk[None, :, :]
     acc = tl.zeros((MANY * BLOCK, BLOCK), tl.float32)
     for b in range(0, B, BATCH):
         if EVEN and EVEN_B:
@@ -158,8 +155,8 @@ def _block_grad(
             dy = tl.load(dy_tile_ptr, mask=on_b[:, None] & on_n, other=0.0)
             x = tl.load(x_tile_ptr, mask=on_b[:, None, None] & on_k, other=0.0)
         acc = dot(x.reshape(BATCH, MANY * BLOCK).trans(1, 0), dy, acc, PRECISION)
-        dy_tile_ptr += tl.full((), BATCH, tl.int64) * stride_db * UNIT
-        x_tile_ptr += tl.full((), BATCH, tl.int64) * stride_xb * UNIT
+        dy_tile_ptr += tl.full((), BATCH * 8, tl.int64) * stride_db8
+        x_tile_ptr += tl.full((), BATCH * 8, tl.int64) * stride_xb8
     grad = cast(acc.reshape(MANY, BLOCK, BLOCK), dtype)  # block, k, n
     out_ptr = (
         grad_ptr + at.to(tl.int64)[:, None, None] * (BLOCK * BLOCK) + ri[None, :, None] + ri[None, None, :] * BLOCK
@@ -167,16 +164,17 @@ def _block_grad(
     tl.store(out_ptr, grad, mask=(at < end)[:, None, None])
 
 
-def _unit(*strides: int) -> int:
-    return 8 if all(s % 8 == 0 for s in strides) else 1
-
-
 def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+def _aligned(x: Tensor) -> Tensor:
+    """x with rows at addresses that 16 divides and a length that 8 divides, the excess 0: what its loads can take 16 bytes of."""
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    out = x.new_zeros(x.shape[0], triton.cdiv(x.shape[1], 8) * 8)
+    out[:, : x.shape[1]] = x
+    return out
 
 
 def block_matmul(
@@ -198,13 +196,12 @@ def block_matmul(
     y = x.new_empty(x.shape[0], outputs)
     if not y.numel():
         return y
-    x = _rows_contiguous(x)
+    x = _aligned(x)
     tiles = tile(TILES)[block][0]
-    unit = _unit(x.stride(0), y.stride(0))
+    unit = 8 if outputs % 8 == 0 else 1
     _block_matmul[(triton.cdiv(x.shape[0], tiles.batch), order.numel())](
         *(x, values.contiguous(), start, columns, perm, order, bias, y),
-        *(x.shape[0], x.shape[1], outputs),
-        *(x.stride(0) // unit, y.stride(0) // unit),
+        *(x.shape[0], x.shape[1] // 8, outputs // unit, x.stride(0) // 8, y.stride(0) // unit),
         TRANSPOSED=perm is not None,
         PRECISION=_precision(x.dtype),
         UNIT=unit,
@@ -225,17 +222,14 @@ def block_grad(dy: Tensor, x: Tensor, start: Tensor, columns: Tensor, order: Ten
     grad = x.new_empty(columns.numel(), block, block)
     if not grad.numel() or b == 0:
         return grad.zero_()
-    dy, x = _rows_contiguous(dy), _rows_contiguous(x)
+    dy, x = _aligned(dy), _aligned(x)
     tiles = tile(TILES)[block][1]
     many = max(1, tiles.batch // block)
     row, first = programs(start, order, many)
-    unit = _unit(dy.stride(0), x.stride(0))
     _block_grad[(row.numel(),)](
         *(dy, x, start, columns, row, first, grad),
-        *(b, dy.shape[1], x.shape[1]),
-        *(dy.stride(0) // unit, x.stride(0) // unit),
+        *(b, dy.shape[1] // 8, x.shape[1] // 8, dy.stride(0) // 8, x.stride(0) // 8),
         PRECISION=_precision(x.dtype),
-        UNIT=unit,
         EVEN_B=b % (tiles.inner * 2 // x.element_size()) == 0,
         EVEN=dy.shape[1] % block == 0 and x.shape[1] % block == 0,
         BLOCK=block,

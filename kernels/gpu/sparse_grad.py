@@ -54,7 +54,7 @@ def _sparse_grad(
     column = tl.load(columns_ptr + tl.minimum(at, end - 1)).to(tl.int32)  # the last one again, where there are no more
     rb = tl.arange(0, BB)
     dy_ptr = dyt_ptr + row.to(tl.int64) * (ldy8 * 8)
-    x_ptr = xt_ptr + column.to(tl.int64)[:, None] * (ldx8 * 8).to(tl.int64) + rb[None, :]
+    x_ptr = xt_ptr + column.to(tl.int64)[:, None] * tl.cast(ldx8 * 8, tl.int64) + rb[None, :]
     acc = tl.zeros((SURVIVORS, BB), sums)
     for b in range(0, B, BB):
         if EVEN:

@@ -96,7 +96,7 @@ def _sparse_matmul(
     end = tl.load(start_ptr + row + 1)
     rb = tl.program_id(1) * BB + tl.arange(0, BB)
     inside = None if EVEN else rb < B8 * 8
-    ldx = (ldx8 * 8).to(tl.int64)
+    ldx = tl.cast(ldx8 * 8, tl.int64)  # a stride of 8 arrives as the constant 1
     acc = tl.zeros((BB,), sums)
     for part in tl.static_range(2):  # before the first whole chunk, behind the last
         low = begin if part == 0 else tl.maximum(end // CHUNK * CHUNK, tl.cdiv(begin, CHUNK) * CHUNK)
