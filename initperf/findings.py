@@ -140,11 +140,14 @@ def stretches(run: Run, levels: list[int]) -> str:
             groups[-1].append(level)
         else:
             groups.append([level])
-    found = []
+    found, singles = [], []
     for group in groups:
         shown = [percent(run.density(level)) for level in group]
-        found.append(f"from {shown[0]} to {shown[-1]}" if len(group) > 2 else f"at {joined(shown)}")
-    return joined(found) if found else ""
+        if len(group) > 2:
+            found.append(f"from {shown[0]} to {shown[-1]}")
+        else:
+            singles += shown
+    return joined(([f"at {joined(singles)}"] if singles else []) + found) if groups else ""
 
 
 def levels_table(run: Run) -> Table:

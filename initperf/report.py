@@ -219,8 +219,9 @@ def limitations(run: Run) -> list[str]:
     if len(run.rows) < run.planned:
         found.append(f"Unfinished: {len(run.rows)} of {run.planned} networks are trained.")
     if run.config.get("budget"):
+        less = ", ".join(f"{key} {value}" for key, value in (run.config.get("reduced") or {}).items())
         found.append(
-            f"{str(run.config['budget']).capitalize()}: fewer networks, levels or iterations than the paper's recipe."
+            f"{str(run.config['budget']).capitalize()}, against the recipe: {less or 'less of something that costs time'}."
         )
     if run.trials < 5:
         found.append(f"{findings.count_of(run.trials, 'trial')}: the paper used five.")

@@ -159,6 +159,7 @@ def test_wrong_usage_of_ticket_is_one_line_and_leaves_nothing(arguments, refused
         (("--controls", "luck"), "luck"),
         (("--seed", 2**64), "seed"),
         (("--recipe", "soup"), "soup"),
+        (("--budget", "endless"), "endless"),
         (("--recipe", "lenet-paper"), "mnist"),
         (("--data", "mnist"), "--data-dir"),
         (("--data", "mnist", "--data-dir", "nowhere"), "nowhere"),

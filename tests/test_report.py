@@ -164,6 +164,7 @@ def test_stretches_of_levels_are_named_by_their_ends(tmp_path):
     assert stretches(run, [2]) == "at 64%"
     assert stretches(run, [1, 3, 4, 5]) == "at 80% and from 51% to 33%"
     assert stretches(run, [4, 5]) == "at 41% and 33%"
+    assert stretches(run, [1, 3, 5]) == "at 80%, 51% and 33%"
 
 
 def test_an_op_that_ran_on_the_reference_is_named(folder):
