@@ -1,4 +1,6 @@
-"""The RNG contract: value = f(seed, stream, index), the same bits on every device, thread count and sharding.
+"""The RNG contract, version 1: value = f(seed, stream, index), the same bits on every device, thread count and sharding.
+
+Frozen: saved tickets depend on every bit. A better formula would be version 2 beside this one.
 
 Words. Philox-4x32-10 (Salmon et al. 2011); key = seed, low word first; counter = (block low, block high, stream low,
 stream high). index is the row-major position in the whole tensor: tile = index >> 10, r = index & 1023,
@@ -31,6 +33,7 @@ import ctypes
 import hashlib
 import math
 import re
+import threading
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -71,7 +74,7 @@ __all__ = [
     "uniform",
 ]
 
-VERSION = 0
+VERSION = 1
 _NORMAL_REACH = 6.6605  # sqrt(-2 ln 2^-32) = 6.66043...: no value of NORMAL is further from the mean, in std
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ALIASES = {"weight_values": "weight", "weight_orig": "weight"}
@@ -202,6 +205,17 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     return c0, c1, c2, c3
 
 
+class _Scratch(threading.local):
+    """A tensor a thread to draw into: making one costs as much as the draw."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.word = torch.zeros((), dtype=torch.int64, device="cpu")
+
+
+_scratch = _Scratch()
+
+
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """One seed from a generator, torch's CPU default if None.
 
@@ -209,7 +223,7 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     Philox words of counter = (offset low, offset high, 0, 0), key = its initial seed, and its offset advances by 4.
     """
     if generator is None or generator.device.type == "cpu":
-        return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+        return int(_scratch.word.random_(generator=generator))
     seed, offset = generator.initial_seed() % 2**64, generator.get_offset()
     generator.set_offset(offset + 4)
     low, high, _, _ = philox((offset & 0xFFFFFFFF, offset >> 32, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))

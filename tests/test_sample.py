@@ -38,6 +38,28 @@ TRUNCATIONS = {  # one or more intervals of every kind, in std from the mean
 INTERVALS = [(kind, *interval) for kind, intervals in TRUNCATIONS.items() for interval in intervals]
 
 
+# Version 1 of the contract: float32 bits (BITS: words) at seed 0x0123456789ABCDEF, stream 0xFEDCBA9876543210, indices
+# 2^42 + 254 + 256 i + (0 to 3). Uniform on [-0.3, 1.7); normal with mean 0.1, std 0.7; the others the standard normal on
+# the interval below. These never change.
+KNOWN_VALUES = {
+    "BITS": "eb1f0ab9 4f2e21ff 28f70fe3 034700fb 69caa161 afab3cc3 fe85b0fa 5857e96b b05726d0 7809e16c e2ffc8d7 f1dbc3a1 c8630842 494d6aac ad9405a4 60fe738e",
+    "UNIFORM": "3fc4b8a4 3ea31eea 3ca42a20 be8c7d9a 3f06c875 3f8944d6 3fd81f4a 3ec7c60a 3f89f0c0 3f2346f5 3fbc9962 3fcb755c 3fa1fca2 3e8b9c0e 3f872d9e 3eea6032",
+    "NORMAL": "3cb67bff befbfb1a bde4f7f7 3dfd2789 be365cf9 3f7e7a9a 3e2eb266 bf67e0b9 3f11abba 3f22c5b2 3d970d23 3e8d7998 be8ffa8a 3f464d19 3f356d90 3efe454d",
+    "TRUNC_NORMAL": "3fb19071 befe25bc bf7d98b2 c00c6a93 be5fd7b0 3ef7a8bc 401cea93 becb8177 3efb70aa bd9f6134 3f9a16f1 3fcaed68 3f4769ca bf0ffada 3eebf903 be9d7829",
+    "TRUNC_CENTER": "be4919e3 3f531e81 3ec91355 3cfaf636 3fa0110d bf570331 bc624a4b 3f73a649 bf54bc19 3fcf93b1 be8c8488 be07bc3f bf0bb132 3f3ff22b bf5e372b 3f8b3ad0",
+    "TRUNC_TAIL": "4091332b 4082bec0 40814d30 408018be 4083ef4d 40886176 409cf369 40832275 40887063 4084a7ca 408f2963 40937f33 408ae638 4082814d 408833b8 40838563",
+    "TRUNC_FAR": "41a0ff3b 41a025c8 41a011cf 41a00151 41a0366c 41a07638 41a20b33 41a02b36 41a07713 41a04097 41a0dddc 41a126c4 41a09ba8 41a02272 41a0739a 41a0309e",
+    "TRUNC_NARROW": "3f8088b7 3f8108f0 3f80d7e8 3f80a7a0 3f812b20 3f803cc5 3f80a18a 3f8114b4 3f803da0 3f813d71 3f807e55 3f809155 3f805c53 3f810164 3f803a1a 3f811fd1",
+}
+KNOWN_INTERVALS = {
+    "TRUNC_NORMAL": (-3, 3),
+    "TRUNC_CENTER": (-2, 2),
+    "TRUNC_TAIL": (4, 5),
+    "TRUNC_FAR": (20, 21),
+    "TRUNC_NARROW": (1, 1.01),
+}
+
+
 def distributions(dtype):
     """One of every kind, with a scale and a mean that round."""
     if dtype == torch.int32:
@@ -82,6 +104,23 @@ def test_every_implementation_gives_random123_known_answers(counter, key, words,
     out = torch.zeros(4, dtype=torch.int64, device=gpu_device)
     gpu_block[(1,)](torch.tensor([*counter, *key], device=gpu_device), out)
     assert tuple(out.tolist()) == words
+
+
+@pytest.mark.parametrize("sample_", [reference_sample_, cpu_sample_, gpu_sample_])
+@pytest.mark.parametrize("name", KNOWN_VALUES)
+def test_values_of_the_frozen_version(name, sample_, gpu_device):
+    assert rng.VERSION == 1
+    if name in KNOWN_INTERVALS:
+        d = rng.trunc_normal(0.0, 1.0, *KNOWN_INTERVALS[name], torch.float32)
+        assert d.kind == getattr(rng, name)
+    else:
+        d = {"UNIFORM": rng.uniform(-0.3, 1.7, torch.float32), "NORMAL": rng.normal(0.1, 0.7)}.get(
+            name, distributions(torch.int32)[0]
+        )
+    dtype = torch.int32 if name == "BITS" else torch.float32
+    device = gpu_device if sample_ is gpu_sample_ else "cpu"
+    out = filled(sample_, 16, dtype, d, 0x0123456789ABCDEF, 0xFEDCBA9876543210, 2**42 + 254, 4, 256, device=device)
+    assert " ".join(f"{v & 0xFFFFFFFF:08x}" for v in out.view(torch.int32).tolist()) == KNOWN_VALUES[name]
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int32])

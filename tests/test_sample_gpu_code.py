@@ -23,8 +23,8 @@ CASES += [("sm_90", kind, dtype, False) for kind in (UNIFORM, NORMAL) for dtype 
 CASES += [("sm_90", NORMAL, "*fp64", False), ("gfx942", NORMAL, "*bf16", False), ("sm_90", NORMAL, "*fp32", True)]
 
 # Operations as the formulas of initperf/rng.py write them, a word (of NORMAL: a pair of words): Horner's rule takes as
-# many fmas as its degree; log: degree 6, and 3 more.
-LOG = 9
+# many fmas as its degree; log: degree 7, and 3 more.
+LOG = 10
 FMAS = {
     UNIFORM: 1,
     NORMAL: LOG + 4 + 4 + 2,

@@ -50,7 +50,7 @@ def _log(x, EXPONENT: tl.constexpr, start):
     linear = (bits - ((127 + EXPONENT) << 23)).to(tl.int32, bitcast=True).to(tl.float32)
     t = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
     g = tl.fma(-t, t, 0.25)
-    return tl.fma(linear, _SLOPE, tl.fma(g, _horner(t, _LOG, 6), start))
+    return tl.fma(linear, _SLOPE, tl.fma(g, _horner(t, _LOG, 7), start))
 
 
 @triton.jit
@@ -249,6 +249,6 @@ def sample_(
         num_warps=warps // _WARP,
         enable_fp_fusion=False,
     )
-    if double and params[2] > -float("inf"):
+    if double and params[2:4] != (-float("inf"), float("inf")):
         out.clamp_(params[2], params[3])
     return out
