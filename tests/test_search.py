@@ -77,6 +77,15 @@ def rows(folder, table="results.csv"):
         return [{k: v for k, v in row.items() if k != "train_seconds"} for row in csv.DictReader(file)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny networks: a second thread only waits, on a busy machine for milliseconds an op."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An undisturbed run with every control, and what each network started with."""
