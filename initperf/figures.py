@@ -200,7 +200,7 @@ def steps_figure(run: Run) -> str | None:
         axes.set_ylim(min(low, 0.8), max(high * 1.05, 1.2))
         axes.axhspan(axes.get_ylim()[0], 1, color="#f2f2f2", zorder=0)
         axes.axhline(1, color=DENSE, linestyle="--", linewidth=1.2, label="dense (break-even)")
-        axes.text(0.99, 0.02, "slower than dense", transform=axes.transAxes, color="#777777", ha="right")
+        axes.text(0.01, 0.99, "slower than dense", transform=axes.get_yaxis_transform(), color="#777777", va="top")
         axes.set_ylabel("speed of a training step, dense = 1")
         _legend(figure, axes)
         return _svg(figure)
