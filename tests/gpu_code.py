@@ -40,10 +40,12 @@ class Code:
         return sum(name.startswith(prefixes) for name in self.instructions)
 
     def float_ops(self) -> Counter[str]:
-        """Arithmetic on float32 and its conversions in the PTX: instruction -> times written."""
-        return Counter(
-            re.findall(r"\b((?:add|sub|mul|mad|fma|div|sqrt|rcp|ex2|lg2|sin|cos|rsqrt)\.[\w.]*f32)\b", self.text)
-        )
+        """Arithmetic on float32 in the PTX: instruction -> times written; one on a pair (f32x2, sm_100) counts as two."""
+        arithmetic = r"\b((?:add|sub|mul|mad|fma|div|sqrt|rcp|ex2|lg2|sin|cos|rsqrt)\.[\w.]*f32)(x2)?\b"
+        counts: Counter[str] = Counter()
+        for name, pair in re.findall(arithmetic, self.text):
+            counts[name] += 2 if pair else 1
+        return counts
 
 
 def _tool(name: str, cubin: bytes, *options: str) -> str:
