@@ -66,12 +66,12 @@ def kind_of(tensor: Any) -> str:
 
 def write(tensor: Tensor, distribution: Distribution, seed: int, stream: int) -> Tensor:
     """Sample into a plain tensor, its row-major position being the index; nothing is checked."""
-    device = tensor.device.type
-    if tensor.is_contiguous() and device in ("cpu", "cuda") and not tensor.is_neg():
-        ops.implementation("sample_", device)(tensor, *distribution, seed, stream)
+    on_cpu = tensor.is_cpu
+    if (on_cpu or tensor.is_cuda) and tensor.is_contiguous() and not tensor.is_neg():
+        ops.implementation("sample_", "cpu" if on_cpu else "cuda")(tensor, *distribution, seed, stream)
         _written((tensor,))
         return tensor
-    values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device if device == "cuda" else "cpu")
+    values = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device if tensor.is_cuda else "cpu")
     with torch.no_grad():
         return tensor.copy_(write(values, distribution, seed, stream))
 
