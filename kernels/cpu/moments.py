@@ -39,7 +39,7 @@ from .lanes import (
     lane_sums,
 )
 
-CHUNK = 32768  # values of a task that reads along memory
+CHUNK = 131072  # values of a task that reads along memory; a task costs half a microsecond beside them
 CHUNK_ROWS = 1024  # rows of a task that reads LANES neighbouring columns
 AHEAD = 2048  # bytes; 512 and 8192 are slower
 TASK_COST = 512  # what a task costs beside its values, in values
