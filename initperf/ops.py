@@ -55,6 +55,9 @@ def register(name: str, module: str) -> None:
     MODULES[name] = module
 
 
+register("sample_", "sample")  # here, since tickets, masks and data splits call it without initperf.sampling
+
+
 def define(schema: str, *, module: str, fake: Callable[..., Any], run: Callable[..., Any] | None = None) -> Any:
     """Define `initperf::schema`, with its CPU, GPU and fake implementations; returns the OpOverload.
 

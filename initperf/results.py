@@ -221,6 +221,12 @@ class Run:
         return bool(lead and ours and dense and lead.mean >= 0 and ours.mean <= dense.mean)
 
 
+def _accuracy(text: str) -> float:
+    if not text:
+        raise ValueError("no test accuracy (run.log(iteration, val_loss=..., test_accuracy=...) records it)")
+    return float(text)
+
+
 def _optional_int(text: str) -> int | None:
     return int(text) if text else None
 
@@ -233,8 +239,8 @@ _ROW: dict[str, Callable[[str], Any]] = {
     "iterations": int,
     "early_stop_iteration": int,
     "early_stop_val_loss": float,
-    "early_stop_test_accuracy": float,
-    "final_test_accuracy": float,
+    "early_stop_test_accuracy": _accuracy,
+    "final_test_accuracy": _accuracy,
     "iterations_to_dense_best": _optional_int,
     "train_seconds": float,
 }

@@ -235,6 +235,17 @@ def test_export_writes_the_tickets_weights_dense(finished, call, tmp_path):
     assert all(torch.equal(got[name].view(torch.int32), expected[name].view(torch.int32)) for name in got)
 
 
+@pytest.mark.parametrize("command", ["inspect", "export"])
+def test_a_ticket_is_read_by_a_process_that_has_imported_nothing_else(command, finished, tmp_path):
+    """What an op needs must not depend on which modules were imported before."""
+    target = ("--dense", str(tmp_path / "dense.safetensors")) if command == "export" else ()
+    path = str(finished / "tickets/trial0-level1.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-m", "initperf.cli", command, path, *target], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def damaged_files(tmp_path, ticket: Path):
     data = ticket.read_bytes()
     for name, content in {

@@ -306,6 +306,7 @@ def test_a_failed_write_leaves_the_old_report_and_nothing_else(folder, monkeypat
         ("results.csv", "trial,level\n0,0\n", "columns"),
         ("results.csv", "HEADER\n0,0,ticket,1.0,100,100,x,0.9,0.9,100,0,1\n", "line 2"),
         ("results.csv", "HEADER\n0,0,ticket,1.0,100\n", "line 2"),
+        ("results.csv", "HEADER\n0,0,ticket,1.0,100,100,0.1,,,100,0,1\n", "no test accuracy"),
         ("results.csv", "HEADER\n", "dense network"),
         ("config.json", "{", "JSON"),
         ("config.json", "[]", "JSON object"),
