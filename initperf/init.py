@@ -1,7 +1,7 @@
 """torch.nn.init, faster and the same bits everywhere: `from initperf import init` instead of `from torch.nn import init`.
 
 What samples comes from initperf.dropins; what does not is torch's own object. Beyond torch's names:
-initialize, fast_init, sample_into and sample_shard_into.
+initialize, fast_init, describe, describe_file, sample_into and sample_shard_into.
 """
 
 # ruff: noqa: F401 -- re-exports; __all__ starts from torch's own list
@@ -40,9 +40,21 @@ from initperf.dropins import (
     xavier_uniform,
     xavier_uniform_,
 )
+from initperf.explain import Description, describe, describe_file
 from initperf.model_init import Initialized, initialize
 from initperf.redirect import fast_init
 from initperf.sampling import sample_into, sample_shard_into
 from initperf.schemes import Init
 
-__all__ = [*_torch_init.__all__, "Init", "Initialized", "fast_init", "initialize", "sample_into", "sample_shard_into"]
+__all__ = [
+    *_torch_init.__all__,
+    "Description",
+    "Init",
+    "Initialized",
+    "describe",
+    "describe_file",
+    "fast_init",
+    "initialize",
+    "sample_into",
+    "sample_shard_into",
+]
