@@ -32,6 +32,8 @@ RESULTS = [
     "train_seconds",
 ]
 CURVES = ["trial", "level", "kind", "iteration", "train_loss", "val_loss", "val_accuracy", "test_accuracy"]
+_MOVED = [f"{part}_{name}" for part in ("kept", "pruned") for name in ("moved", "grew", "flipped")]
+MOVEMENT = ["trial", "level", "parameter", "weights", "survivors", *_MOVED, *(f"null_{name}" for name in _MOVED)]
 STEPS = ["level", "density", "batch", "dense_ms", "masked_ms"]
 
 
@@ -93,12 +95,14 @@ class RunFolder:
         self.write_tables(networks)
 
     def write_tables(self, networks: Iterable[Network]) -> None:
-        """results.csv and curves.csv from the records of the finished ones of `networks`."""
+        """results.csv, curves.csv and movement.csv from the records of the finished ones of `networks`."""
         with FileLock(self.networks / "tables.lock"):
             done = [(n, r) for n in sorted(networks, key=lambda n: n.order) if (r := self.record(n)) is not None]
             write_csv(self.path / "results.csv", RESULTS, [r["row"] for _, r in done])
             points = [{**p, "trial": n.trial, "level": n.level, "kind": n.kind} for n, r in done for p in r["points"]]
             write_csv(self.path / "curves.csv", CURVES, points)
+            moved = [{**m, "trial": n.trial, "level": n.level} for n, r in done for m in r.get("movement", ())]
+            write_csv(self.path / "movement.csv", MOVEMENT, moved)
 
     def lock(self, network: Network) -> FileLock:
         return FileLock(self.networks / f"{network.name}.lock")

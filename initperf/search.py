@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from initperf import __version__, ops, prune, rng
 from initperf.checks import InitPerfTypeError, check, check_seed, fail
+from initperf.criteria import CRITERIA, masks_by, movement
 from initperf.files import FileLock
 from initperf.init import initialize
 from initperf.runfolder import KINDS, Network, RunFolder
@@ -37,7 +38,7 @@ class TicketSearch:
 
     make_model: () -> nn.Module; the search initializes it: `init` is a scheme of initperf.init.initialize, or a function
     (model, seed), which may return what initialize returned. fractions: pruned a round, of the survivors, by glob over the weights of linear and convolution layers
-    (the last glob that matches counts). Controls at every level: "reinit" (the ticket's mask, fresh weights), "sign-reinit"
+    (the last glob that matches counts); `criterion`: see initperf.criteria.masks_by. Controls at every level: "reinit" (the ticket's mask, fresh weights), "sign-reinit"
     (fresh magnitudes, the initial signs), "shuffle" (mask permuted within each layer, initial weights kept), "random" (a
     mask of equal layer densities and fresh weights), "small-dense" (`make_small(survivors)`, a dense network of about as
     many weights). `config` is kept in config.json, `recipe` in every ticket. Finished networks are kept in `out`: the same search on the same folder goes on after them, to the same
@@ -51,6 +52,7 @@ class TicketSearch:
         rounds: int,
         fractions: prune.Fraction = 0.2,
         scope: str = "layerwise",
+        criterion: str = "magnitude",
         rewind_to: int = 0,
         controls: Sequence[str] = ("reinit", "shuffle"),
         trials: int = 1,
@@ -74,11 +76,13 @@ class TicketSearch:
                 fail(f"{name} to be an int", type(value).__name__, kind=InitPerfTypeError)
             check(value >= least, f"{name} to be at least {least}", value)
         check(scope in ("layerwise", "global"), 'scope "layerwise" or "global"', repr(scope))
+        check(criterion in CRITERIA, f"a criterion of {', '.join(CRITERIA)}", repr(criterion))
         for kind in controls:
             check(kind in KINDS[1:], f"controls of {', '.join(KINDS[1:])}", repr(kind))
         check("small-dense" not in controls or make_small is not None, 'make_small for the control "small-dense"', None)
         self.make_model, self.make_small, self.init = make_model, make_small, init
         self.rounds, self.scope, self.rewind_to, self.trials = rounds, scope, rewind_to, trials
+        self.criterion = criterion
         self.seed, self.reinits, self.sparse = check_seed(seed), reinits, sparse
         self.controls = tuple(sorted(set(controls), key=KINDS.index))
         self.checkpoint_seconds = checkpoint_seconds
@@ -197,16 +201,32 @@ class TicketSearch:
     def _finish(self, run: Run, calls: Counter[tuple[str, str]]) -> None:
         """Prune for the next level, and keep the results."""
         check(len(run.points) > 0, f"run.log(iteration, val_loss=...) to be called for {run}", "no call")
-        if run.kind == "ticket" and run.level == 0:
-            self._write_ticket(run.trial, 0, {})
-        if run.kind == "ticket" and run.level < self.rounds:
-            masks = prune.magnitude(prunable(run.model), self.fractions, masks=run.masks or None, scope=self.scope)
-            self._write_ticket(run.trial, run.level + 1, {n: m.cpu() for n, m in masks.items()})
+        moved: list[dict[str, Any]] = []
+        if run.kind == "ticket":
+            if run.level == 0:
+                self._write_ticket(run.trial, 0, {})
+            if run.level < self.rounds:
+                moved = self._prune(run)
         used: dict[str, dict[str, int]] = {}
         for (op, backend), count in (Counter(ops.CALLS) - calls).items():
             used.setdefault(op, {})[backend] = count
-        self.folder.finish(run.network, {"row": self._row(run), "points": run.points, "ops": used}, self.networks())
+        record = {"row": self._row(run), "points": run.points, "movement": moved, "ops": used}
+        self.folder.finish(run.network, record, self.networks())
         run.done = True
+
+    def _prune(self, run: Run) -> list[dict[str, Any]]:
+        """Write the ticket of the next level; returns how the weights of each layer moved."""
+        final, initial = prunable(run.model), prunable(self._at_start(run.trial, run.level)[0])
+        seed = derive_seed(self.seed, run.trial, run.level, "prune")
+        masks = masks_by(
+            self.criterion, final, initial, self.fractions, masks=run.masks or None, scope=self.scope, seed=seed
+        )
+        self._write_ticket(run.trial, run.level + 1, {n: m.cpu() for n, m in masks.items()})
+        return [
+            {"parameter": n, "survivors": int(m.sum()), "weights": m.numel()}
+            | movement(final[n], initial[n], run.masks.get(n), m, seed=seed)
+            for n, m in masks.items()
+        ]
 
     def _write_ticket(self, trial: int, level: int, masks: dict[str, Tensor]) -> None:
         model, inits = self._at_start(trial, level)
@@ -268,6 +288,7 @@ class TicketSearch:
             "rounds": self.rounds,
             "fractions": self.fractions,
             "scope": self.scope,
+            "criterion": self.criterion,
             "rewind_to": self.rewind_to,
             "controls": list(self.controls),
             "reinits": self.reinits,

@@ -213,6 +213,26 @@ def test_results_have_one_row_a_network_and_curves_every_log(finished):
         assert row["iterations_to_dense_best"] == (reached[0] if reached else "")
 
 
+def test_movement_is_told_for_every_layer_that_was_pruned(finished):
+    found = rows(finished[0], "movement.csv")
+    assert [(r["trial"], r["level"], r["parameter"]) for r in found] == [
+        (t, level, p) for t in "01" for level in "01" for p in ("fc1.weight", "fc2.weight")
+    ]
+    assert [int(r["survivors"]) for r in found[:4]] == [96, 48, 48, 36]
+    assert all(float(r["kept_moved"]) > 0 and float(r["null_kept_moved"]) > 0 for r in found)
+
+
+def test_a_criterion_changes_the_masks(tmp_path):
+    masks = {}
+    for criterion in ("magnitude", "movement", "random"):
+        for run in search(tmp_path / criterion, trials=1, rounds=1, controls=(), criterion=criterion):
+            train(run)
+        masks[criterion] = run.masks["fc1.weight"]
+        assert int(masks[criterion].sum()) == 96
+    assert not torch.equal(masks["magnitude"], masks["movement"])
+    assert not torch.equal(masks["magnitude"], masks["random"])
+
+
 def test_tickets_on_disk_are_the_networks_that_trained(finished):
     folder, _ = finished
     for level in (0, 1, 2):
@@ -405,6 +425,7 @@ def test_trials_may_be_added_later(tmp_path):
         ({"rounds": 1.5}, "rounds to be an int"),
         ({"trials": 0}, "trials"),
         ({"scope": "layers"}, "scope"),
+        ({"criterion": "size"}, "criterion"),
         ({"controls": ("reset",)}, "controls"),
         ({"controls": ("small-dense",)}, "make_small"),
         ({"fractions": {"conv*": 0.2}}, "to match one of fc1.weight, fc2.weight"),
