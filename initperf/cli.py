@@ -220,9 +220,9 @@ def report(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A ticket.")],
+    file: Annotated[Path, typer.Argument(help="A ticket, or a checkpoint: .safetensors or torch.save.")],
 ) -> None:
-    """Show what a ticket holds, and prove the hash of its initial weights."""
+    """Show what a ticket holds and prove its hash, or which initialization explains the weights of a checkpoint."""
     from initperf.inspection import tables
     from initperf.terminal import open_console, show
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_run import write_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from initperf import __version__
 from initperf.cli import main
@@ -220,6 +220,19 @@ def test_inspect_shows_a_tickets_parameters_survivors_and_hash(finished, call):
     assert (code, err) == (0, "")
     for expected in ("fc1.weight", "300 x 64", "normal(0,", "SHA-256", "(proven)", "RNG contract version"):
         assert expected in out
+
+
+def test_inspect_of_a_checkpoint_names_how_it_was_initialized(call, tmp_path):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(400, 300)
+    torch.nn.init.kaiming_normal_(linear.weight)
+    torch.save(linear.state_dict(), tmp_path / "a.pt")
+    save_file(linear.state_dict(), tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        code, out, err = call("inspect", tmp_path / name)
+        assert (code, err) == (0, "")
+        assert "weight" in out
+        assert "kaiming" in out.lower()
 
 
 def test_export_writes_the_tickets_weights_dense(finished, call, tmp_path):
