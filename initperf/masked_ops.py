@@ -50,6 +50,10 @@ def _run(name: str, rows: int, like: Tensor, mask: Tensor, pattern: list[Tensor]
     if sparse or ops.backend_of(name, device) == "reference":
         return ops.implementation(name, device)(*args)
     ops.CALLS[name, _DENSE[device]] += 1
+    if name == "masked_grad_weight" and device == "cpu":
+        from initperf.kernels.cpu.masked_matmul import dense_grad_weight
+
+        return dense_grad_weight(*args[:3])
     return getattr(reference, name)(*args)
 
 

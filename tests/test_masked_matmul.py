@@ -282,3 +282,34 @@ def test_dense_runs_where_the_sparse_kernel_would_lose():
     for rows in (1, 16, 64, 1024):  # once dense, dense at any higher density
         chosen = [sparse(rows, int(shape.numel() * d)) for d in (0.01, 0.1, 0.2, 0.5, 0.7, 1.0)]
         assert chosen == sorted(chosen, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_dense_weight_gradient_is_masked_to_exact_zeros_whatever_it_held(dtype):
+    module, _ = numba()
+    for B, K, N in ((5, 40, 30), (0, 40, 30), (2, 2048, 1700)):  # the last is large enough for two threads
+        x, dy, _, _, mask = operands(B, K, N, 0.3, dtype)
+        if B:
+            x[0, 0] = float("inf")
+        got = module.dense_grad_weight(dy, x, mask)
+        assert torch.equal(got.nan_to_num(), torch.where(mask, dy.t() @ x, 0).nan_to_num())
+        assert not bits(got)[~mask].any()
+
+
+def test_the_memory_of_a_large_gradient_is_used_again_only_when_free_and_goes_with_the_mask():
+    numba()
+    memory = import_module("initperf.kernels.cpu.memory")
+    torch.use_deterministic_algorithms(False)
+    mask, shape = torch.ones(1), (memory.LARGE // 4, 1)
+    first = memory.gradient_memory(mask, shape, torch.float32)
+    address = first.data_ptr()
+    view = first[5:]
+    del first
+    second = memory.gradient_memory(mask, shape, torch.float32)
+    assert second.data_ptr() != address, "a view of the first still lives"
+    del view
+    assert memory.gradient_memory(mask, shape, torch.float32).data_ptr() == address
+    assert mask in memory._kept
+    before = len(memory._kept)
+    del mask
+    assert len(memory._kept) == before - 1

@@ -17,9 +17,10 @@ from numba import prange
 from torch import Tensor
 
 from .jit import jit, threads
+from .memory import gradient_memory
 from .pattern import BLOCK, WIDE_BLOCK
 from .spmm_ir import LANES, ROWS, compute_pointer, correlate_unit, multiply_unit, shifted, storage_pointer
-from .tiles import ZERO, gather, pack, scatter, start_sums, unpack
+from .tiles import ZERO, apply_mask, gather, pack, prefetch_lines, scatter, start_sums, unpack
 
 KINDS = {
     torch.float32: np.zeros(1, np.float32),
@@ -30,6 +31,7 @@ KINDS = {
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 SERIAL = 3 << 20  # multiply-adds under which a second thread costs more than it saves
 TILE = 1 << 20  # bytes of sums (or of dy) that a task keeps in the second-level cache
+CACHED = 4 << 20  # weights above which they, or their gradient, are not found in a cache again
 BLOCKS = 4  # batch blocks that share one gather of the weights
 COST = {4: 0.31, 2: 0.35, 1: 0.45}  # V -> measured ns a vector: fewer lanes pay more for the broadcast
 
@@ -61,6 +63,7 @@ def _multiply_tasks(
     units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
     x, w, y = storage_pointer(x_at, kind), storage_pointer(w_at, kind), storage_pointer(y_at, kind)
     bias = storage_pointer(bias_at, kind)
+    large = N * K > CACHED
     x_tile = compute_pointer(scratch, kind)
     y_tile = shifted(x_tile, batch_blocks * block * lanes)
     values = shifted(y_tile, batch_blocks * task_panels * panel * lanes)
@@ -99,7 +102,11 @@ def _multiply_tasks(
                     place = shifted(columns, np.int64(records[3]))
                     y_panel = shifted(y_tile, (i * padded + (p - p0) * panel) * lanes)
                     base = slot
+                    corner = shifted(w, p * panel * w_strides[0] + (k0 + block) * w_strides[1])
                     for u in range(per_panel):
+                        if large and kb + 1 < blocks:
+                            part, parts = i * per_panel + u, count * per_panel
+                            prefetch_lines(corner, w_strides[0], w_strides[1], panel, block, part, parts)
                         steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
                         numbers = np.uint32(records[4 * u])
                         multiply_unit(
@@ -147,6 +154,8 @@ def _correlate_tasks(
     sums = compute_pointer(sums_at, kind)
     x_tile = compute_pointer(scratch, kind)
     dy_tile = shifted(x_tile, batch_blocks * block * lanes)
+    line = storage_pointer(scratch, kind)  # the X tile is done with when sums leave
+    streams = N * K > CACHED and K % LANES == 0 and out_at % 64 == 0
     for task in range(first, last):
         p0 = task * task_panels
         p1 = min(panels, p0 + task_panels)
@@ -207,6 +216,8 @@ def _correlate_tasks(
                             min(block, K - k0),
                             corner,
                             K,
+                            line,
+                            streams,
                         )
 
 
@@ -396,7 +407,7 @@ def masked_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor
     """See initperf/reference/masked_matmul.py."""
     (B, N), K = dy.shape, x.shape[1]
     units, columns = pattern[:2]
-    out = torch.empty((N, K), dtype=x.dtype)
+    out = gradient_memory(mask, (N, K), x.dtype)
     if not B or not out.numel():
         return out.zero_()
     dy, x = _readable(dy), _readable(x)
@@ -414,3 +425,16 @@ def masked_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor
     else:
         _correlate_tasks(call.width, call.kind, (0, call.tasks), *shared)
     return out
+
+
+def dense_grad_weight(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """masked_grad_weight as a dense product that is masked in place."""
+    out = gradient_memory(mask, (dy.shape[1], x.shape[1]), x.dtype)
+    if not out.numel():
+        return out
+    torch.mm(dy.t(), x, out=out)
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[out.element_size()]
+    if mask.numel() >= SERIAL and threads() > 1 and mask.is_contiguous():
+        apply_mask(out.view(-1).view(words).numpy(), mask.view(-1).view(torch.uint8).numpy())
+        return out
+    return out.masked_fill_(~mask, 0)

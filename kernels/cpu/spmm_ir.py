@@ -170,6 +170,40 @@ def shifted(typingctx: Any, base: Any, offset: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, base: Any, offset: Any) -> Any:
+    """Ask for the cache line of base[offset], into the second-level cache. The address need not exist."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        i32 = _I32
+        function_type = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        read, second_level, data = (ir.Constant(i32, v) for v in (0, 2, 1))
+        builder.call(function, [builder.bitcast(_at(builder, *args), byte), read, second_level, data])
+        return ctx.get_dummy_value()
+
+    return types.void(base, types.int64), codegen
+
+
+@intrinsic
+def stream(typingctx: Any, source: Any, out: Any, offset: Any) -> Any:
+    """out[offset : offset + 16] = source[offset : offset + 16], past the caches; both aligned to 16 elements."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        src, dst, place = args
+        element = _element(source.dtype)
+        align = LANES * element_size(element)
+        value = _load(builder, src, place, element, align)
+        target = builder.bitcast(_at(builder, dst, place), value.type.as_pointer())
+        instruction = builder.store(value, target)
+        instruction.align = align
+        instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        return ctx.get_dummy_value()
+
+    return types.void(source, source, types.int64), codegen
+
+
+@intrinsic
 def transpose_in(typingctx: Any, source: Any, stride: Any, rows: Any, out: Any, out_stride: Any) -> Any:
     """out[j * out_stride + i] = source[i * stride + j] for 16 x 16, widened; lanes i >= rows are 0, and not read."""
 

@@ -6,9 +6,10 @@ A tile holds lines of `lanes` = V * 16 batch rows: tile[line][lane]. Packing and
 from __future__ import annotations
 
 import numpy as np
+from numba import prange
 
 from .jit import jit
-from .spmm_ir import LANES, ROWS, load, shifted, store, transpose_in, transpose_out
+from .spmm_ir import LANES, ROWS, load, prefetch, shifted, store, stream, transpose_in, transpose_out
 
 ZERO = np.float32(0)
 
@@ -88,8 +89,23 @@ def gather(units, count, columns, weight, stride_row, stride_column, out):
 
 
 @jit()
-def scatter(units, count, columns, sums, rows, width, out, stride):
-    """out[row, :width] = 0, then out[row, column] = sums[slot], of `count` units; rows beyond `rows` do not exist."""
+def prefetch_lines(weight, stride_row, stride_column, rows, columns, part, parts):
+    """Ask for a share of weight[:rows, :columns]: that many loads later the gather finds it in the second-level cache."""
+    if stride_column == 1:
+        majors, minors, stride = rows, columns, stride_row
+    else:
+        majors, minors, stride = columns, rows, stride_column
+    for major in range(majors * part // parts, majors * (part + 1) // parts):
+        for minor in range(0, minors, LANES):
+            prefetch(weight, major * stride + minor)
+
+
+@jit()
+def scatter(units, count, columns, sums, rows, width, out, stride, buffer, streams):
+    """out[row, :width] = 0, then out[row, column] = sums[slot], of `count` units; rows beyond `rows` do not exist.
+
+    streams: a line is made in `buffer` and written past the caches, which saves reading it first.
+    """
     first = np.int64(units[3])
     for u in range(count):
         record = shifted(units, u * 4)
@@ -99,7 +115,8 @@ def scatter(units, count, columns, sums, rows, width, out, stride):
             row = np.int64((numbers >> np.uint32(8 * r)) & np.uint32(255))
             if row >= rows:
                 continue
-            line = shifted(out, row * stride)
+            target = shifted(out, row * stride)
+            line = buffer if streams else target
             for j in range(width):
                 store(line, j, ZERO)
             survivors = np.int64((np.uint32(record[1 + r // 2]) >> np.uint32(16 * (r % 2))) & np.uint32(0xFFFF))
@@ -107,3 +124,13 @@ def scatter(units, count, columns, sums, rows, width, out, stride):
             for _ in range(survivors):
                 store(line, np.int64(columns[place]), load(sums, place - first))
                 place += ROWS
+            if streams:
+                for j in range(0, width, LANES):
+                    stream(line, target, j)
+
+
+@jit(parallel=True)
+def apply_mask(words, mask):
+    """words = 0 where mask is 0; flat integer views."""
+    for i in prange(words.size):
+        words[i] &= -words.dtype.type(mask[i])
