@@ -104,5 +104,5 @@ def test_a_missing_folder_says_where_to_get_the_files(tmp_path):
     for folder in (None, tmp_path / "nowhere"):
         with pytest.raises(InitPerfError, match="--data-dir"):
             data.load("mnist", folder)
-    with pytest.raises(InitPerfError, match="digits, mnist"):
+    with pytest.raises(InitPerfError, match="digits, mnist, cifar10"):
         data.load("imagenet")

@@ -221,3 +221,12 @@ def test_mnist_defaults_to_the_paper_recipe_at_a_reduced_budget():
 def test_workers_are_started_only_where_they_pay():
     assert lenet._default_workers(100) == 1
     assert lenet._default_workers(10**6) >= 1
+
+
+def test_every_control_trains_and_the_report_reads_it(tmp_path):
+    controls = ["reinit", "sign-reinit", "shuffle", "random", "small-dense"]
+    folder = run_ticket(out=tmp_path / "run", rounds=1, iterations=4, trials=1, controls=controls, workers=1)
+    run = read_run(folder)
+    assert set(run.kinds) == {"ticket", *controls}
+    small = next(r for r in run.rows if r.kind == "small-dense")
+    assert 0.8 * run.density(1) < small.density <= run.density(1)

@@ -67,8 +67,10 @@ def permutation(n: int, seed: int, stream: int | str = 0) -> Tensor:
 
 
 def load(name: str, folder: str | Path | None = None) -> DataSet:
-    """The set `name` ("digits" or "mnist"); "mnist" reads any set of 28 x 28 images in IDX files from `folder`."""
-    loaders = {"digits": lambda: digits(), "mnist": lambda: mnist(folder)}
+    """The set `name` ("digits", "mnist" or "cifar10"); "mnist" reads any set of 28 x 28 images in IDX files from `folder`."""
+    from initperf.experiments.cifar import cifar10
+
+    loaders = {"digits": digits, "mnist": lambda: mnist(folder), "cifar10": lambda: cifar10(folder)}
     check(name in loaders, f"data to be one of {', '.join(loaders)}", repr(name))
     return loaders[name]()
 
@@ -85,7 +87,7 @@ def digits() -> DataSet:
         f"UCI optical digits (Alpaydin and Kaynak 1998, CC BY 4.0), split {'/'.join(map(str, DIGITS_SPLIT))}, "
         f"normalized by mean {mean}, std {std}"
     )
-    return DataSet("digits", about, 10, train, val, test, _sha256(pixels, labels))
+    return DataSet("digits", about, 10, train, val, test, sha256(pixels, labels))
 
 
 def mnist(folder: str | Path | None) -> DataSet:
@@ -122,7 +124,7 @@ def mnist(folder: str | Path | None) -> DataSet:
         _split(train[rest], labels[rest], 255, mean, std),
         _split(train[val], labels[val], 255, mean, std),
         _split(test, test_labels, 255, mean, std),
-        _sha256(train, labels, test, test_labels),
+        sha256(train, labels, test, test_labels),
     )
 
 
@@ -172,7 +174,7 @@ def _split(pixels: np.ndarray, labels: np.ndarray, scale: int, mean: float, std:
     )
 
 
-def _sha256(*arrays: np.ndarray) -> str:
+def sha256(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
