@@ -60,7 +60,7 @@ def _cut(scheme: str, std: float) -> Candidate:
 
 
 _STDS = (0.02, 0.01, 1.0, 0.05, 0.1, 0.001, 0.002, 0.005, 0.006, 0.03, 0.04, 0.2, 0.5, 1e-6)
-_GAINS = {"": 1.0, ", gain 1/sqrt 2": math.sqrt(0.5), ", gain 5/3": 5 / 3, ", gain sqrt 2": math.sqrt(2.0)}
+_GAINS = {"1/sqrt 2": math.sqrt(0.5), "5/3": 5 / 3, "sqrt 2": math.sqrt(2.0)}
 
 
 def candidates(shape: Sequence[int], fan: int | None, depth: int) -> Iterator[Candidate]:
@@ -79,17 +79,28 @@ def candidates(shape: Sequence[int], fan: int | None, depth: int) -> Iterator[Ca
     yield Candidate("uniform(0, 1)", Init("uniform", (0.0, 1.0)))
     for bound in (0.1, 0.05, 0.08, 0.01, 0.02, 1.0):
         yield _uniform(f"uniform({bound:g})", bound)
+    if len(shape) >= 2:
+        for text, gain in _GAINS.items():
+            std = gain * _glorot(shape)
+            yield _normal(f"xavier_normal, gain {text}", std)
+            yield _uniform(f"xavier_uniform, gain {text}", math.sqrt(3) * std)
     for size in dict.fromkeys(shape):
         if size > 1:
             yield _normal(f"normal(1/sqrt {size})", size**-0.5)
             yield _uniform(f"uniform(1/sqrt {size})", size**-0.5)
             yield _normal(f"normal(1/sqrt {2 * size})", (2 * size) ** -0.5)
+            for head in (64, 128):
+                yield _normal(f"normal(1/sqrt({size} * {head})), T5's queries", (size * head) ** -0.5)
             if depth > 1:
                 yield _normal(f"normal(1/sqrt({size} * {2 * depth})), CLIP's projections", (2 * depth * size) ** -0.5)
     if len(shape) == 2:
         for gates in (3, 4):
             if shape[0] % gates == 0:
                 yield _uniform(f"torch default (1/sqrt hidden, {gates} gates)", (shape[0] // gates) ** -0.5)
+
+
+def _glorot(shape: Sequence[int]) -> float:
+    return math.sqrt(2 / ((shape[0] + shape[1]) * math.prod(shape[2:])))
 
 
 def _for_weights(shape: Sequence[int]) -> Iterator[Candidate]:
@@ -99,15 +110,14 @@ def _for_weights(shape: Sequence[int]) -> Iterator[Candidate]:
     for mode, fan in (("", fan_in), (", fan_out", fan_out)):
         yield _normal(f"kaiming_normal{mode}", math.sqrt(2 / fan))
         yield _uniform(f"kaiming_uniform{mode}", math.sqrt(6 / fan))
-    for text, gain in _GAINS.items():
-        yield _normal(f"xavier_normal{text}", gain * math.sqrt(2 / (fan_in + fan_out)))
-        yield _uniform(f"xavier_uniform{text}", gain * math.sqrt(6 / (fan_in + fan_out)))
+    yield _normal("xavier_normal", _glorot(shape))
+    yield _uniform("xavier_uniform", math.sqrt(3) * _glorot(shape))
     for mode, fan in (("", fan_in), (", fan_out", fan_out)):
         yield _normal(f"lecun_normal{mode}", fan**-0.5)
         yield _uniform(f"lecun_uniform{mode}", math.sqrt(3 / fan))
         yield _cut(f"lecun_normal{mode}, cut at 2 std", fan**-0.5 / _CUT_STD)
         yield _cut(f"kaiming_normal{mode}, cut at 2 std", math.sqrt(2 / fan) / _CUT_STD)
-    yield _cut("xavier_normal, cut at 2 std", math.sqrt(2 / (fan_in + fan_out)) / _CUT_STD)
+    yield _cut("xavier_normal, cut at 2 std", _glorot(shape) / _CUT_STD)
     if len(shape) > 2 and shape[1] == 1:
         yield _normal("kaiming_normal, fan_out of a group", math.sqrt(2 / field))
     if len(shape) == 2 and shape[0] % 3 == 0:
