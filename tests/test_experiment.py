@@ -230,3 +230,10 @@ def test_every_control_trains_and_the_report_reads_it(tmp_path):
     assert set(run.kinds) == {"ticket", *controls}
     small = next(r for r in run.rows if r.kind == "small-dense")
     assert 0.8 * run.density(1) < small.density <= run.density(1)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused_before_anything_is_written(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(InitPerfError, match="Expected a batch of at most the .* training images. Got 5000"):
+        run_ticket("digits", out=out, batch=5000)
+    assert not out.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -86,6 +87,8 @@ def run_ticket(
 
 def _search(recipe: Recipe, data_dir: str | Path | None, out: Path, seed: int) -> tuple[TicketSearch, sets.DataSet]:
     images = sets.load(recipe.data, data_dir)
+    size = len(images.train)
+    check(recipe.batch <= size, f"a batch of at most the {size} training images", recipe.batch)
     inputs = images.train.x.shape[1]
     about = {**recipe.config(), "attribution": images.about, "data_sha256": images.sha256}
     search = TicketSearch(
@@ -219,9 +222,10 @@ def _worker(folder: str, data_dir: str | None = None) -> None:
     """A worker process: trains networks of the run in `folder` until none is left."""
 
     def end_with_parent() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # unlike sys.stdin, holds no lock that the interpreter needs when it ends
         os._exit(0)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(THREADS)
     config = json.loads((Path(folder) / "config.json").read_text())
