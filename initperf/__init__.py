@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from initperf.checks import InitPerfError
     from initperf.masked import MaskedLinear, check_masks, densify, mask_optimizer_, sparsify
     from initperf.model_init import initialize
+    from initperf.monitor import VarianceMonitor
     from initperf.redirect import fast_init
     from initperf.search import TicketSearch
     from initperf.stats import moments
@@ -22,6 +23,7 @@ __all__ = [
     "MaskedLinear",
     "Ticket",
     "TicketSearch",
+    "VarianceMonitor",
     "check_masks",
     "densify",
     "fast_init",
@@ -37,6 +39,7 @@ _HOMES = {
     "MaskedLinear": "masked",
     "Ticket": "ticket",
     "TicketSearch": "search",
+    "VarianceMonitor": "monitor",
     "check_masks": "masked",
     "densify": "masked",
     "fast_init": "redirect",
