@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench gpu-report lint format clean
 
 .venv/.installed: setup.py
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,9 @@ test-slow: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+gpu-report: .venv/.installed
+	$(BIN)/python -m benchmarks.gpu_static --write
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

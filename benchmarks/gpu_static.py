@@ -1,0 +1,221 @@
+"""`make gpu-report`: every GPU kernel compiled for every target, with no GPU; what its machine code takes, and what that predicts.
+
+Writes docs/gpu.md for people and docs/gpu.json for the test that fails when a kernel gets worse. Counts are facts of the
+machine code; times, shares and ratios are predictions of benchmarks/gpu_model.py from data sheets, and are called so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.aot import Code, Launch, access, capture
+from benchmarks.gpu_cases import Case, cases
+from benchmarks.gpu_model import executed, main_loop, predict, resident, trips
+from initperf.gpu_devices import BY_TARGET, Device
+
+MAIN = ("sm_80", "sm_90", "sm_100", "gfx942")
+ALSO = ("sm_86", "sm_89", "sm_120", "gfx950")  # the first case of each op only
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+Row = dict[str, Any]
+# What design.md's RNG contract bans from the PTX of sampling: anything but IEEE-754 operations, rounded to nearest.
+BANNED = re.compile(
+    r"\b(?:(?:add|sub|mul|fma|sqrt)(?!\.rn)\.[\w.]*f32|[\w.]*\.(?:approx|ftz|full)\b[\w.]*|div\.[\w.]*f32)"
+)
+
+
+def _kernel(launch: Launch, device: Device, turns: float) -> Row:
+    code = launch.code
+    loop = main_loop(code)
+    return {
+        "kernel": launch.kernel,
+        "grid": list(launch.grid),
+        "registers": code.registers,
+        "spills": code.spills,
+        "stack": code.stack,
+        "shared": code.shared,
+        "warps": code.warps,
+        "resident": resident(code, device),
+        "loads": {str(bits): n for bits, n in sorted(code.widths("load").items())},
+        "stores": {str(bits): n for bits, n in sorted(code.widths("store").items())},
+        "matrix": code.matrix,
+        "instructions": len(code.instructions),
+        "loop": loop[1] - loop[0] + 1 if loop else 0,
+        "turns": turns,
+        "warp_instructions": sum(executed(code, turns).values()) * code.warps * launch.programs,
+    }
+
+
+def measure(case: Case, target: str) -> Row:
+    """Compile and read one case for one target."""
+    device = BY_TARGET[target]
+    row: Row = {"op": case.op, "label": case.label, "target": target, "device": device.name}
+    with capture(target) as launches:
+        case.run()
+    work = case.work(launches, device) if case.work else None
+    turns = [trips(launches[0].code, work.program_macs, work.step_macs) if work else 1.0]
+    turns += [1.0] * (len(launches) - 1)
+    row["kernels"] = [_kernel(launch, device, t) for launch, t in zip(launches, turns, strict=True)]
+    row["problems"] = problems(case, launches, device)
+    if work:
+        lanes = sum(k["warp_instructions"] for k in row["kernels"]) * device.warp
+        prediction = predict(
+            launches,
+            device,
+            nbytes=work.nbytes,
+            program_macs=work.program_macs,
+            step_macs=work.step_macs,
+            precision=work.precision,
+            conflicts=work.conflicts,
+            l2_bytes=work.l2_bytes,
+        )
+        macs = work.units if work.unit == "MAC" else 0.0
+        floor = max(work.nbytes / device.memory / 1e6, 2 * macs / device.peaks[work.precision] / 1e6)
+        row |= {
+            "unit": work.unit,
+            "units": work.units,
+            "instructions_a_unit": lanes / work.units,
+            "bytes_a_unit": work.nbytes / work.units,
+            "floor_us": floor,
+            "predicted_us": prediction.us,
+            "bound": prediction.bound,
+            "times_us": prediction.times,
+            "share": floor / prediction.us,
+        }
+        if work.dense_macs or work.dense_bytes:
+            peak = max(device.peaks[work.precision] if case.op != "decode" else device.peaks["16bit"], 1e-9)
+            dense = max(work.dense_bytes / device.memory / 1e6, 2 * work.dense_macs / peak / 1e6)
+            row |= {"dense_us": dense, "times_dense": dense / prediction.us}
+    return row
+
+
+def problems(case: Case, launches: list[Launch], device: Device) -> list[str]:
+    """What a kernel may not do: targets.md's list for code compiled ahead of time."""
+    found = [] if launches else ["nothing was launched"]
+    for launch in launches:
+        code, name = launch.code, launch.kernel
+        found += [f"{name}: {code.spills} spills"] if code.spills else []
+        found += [f"{name}: {code.stack} bytes of stack"] if code.stack else []
+        if code.shared > device.program_kib * 1024:
+            found.append(f"{name}: {code.shared} bytes of shared memory, of {device.program_kib} KiB")
+        elif not resident(code, device):
+            found.append(f"{name}: does not fit a core")
+        if case.contract and not device.amd and (banned := sorted(set(BANNED.findall(code.text)))):
+            found.append(f"{name}: PTX with {', '.join(banned)}")
+    if launches:
+        for kind, bits in (("load", case.load_bits), ("store", case.store_bits)):
+            bits = min(bits, case.amd_bits) if device.amd else bits
+            widest = max(launches[0].code.widths(kind), default=0)
+            if widest < bits:
+                found.append(f"{launches[0].kernel}: widest {kind} of {widest} bits, not {bits}")
+        share = wide_share(launches[0].code, min(case.load_bits, case.amd_bits) if device.amd else case.load_bits)
+        if share < case.load_share:
+            found.append(f"{launches[0].kernel}: only {share:.0%} of the main loop's bytes in loads so wide")
+        if case.matrix and not launches[0].code.matrix:
+            found.append(f"{launches[0].kernel}: no matrix instruction")
+    return found
+
+
+def wide_share(code: Code, bits: int) -> float:
+    """Of the bytes that a thread loads in a turn of the main loop, what part comes in loads of at least `bits`."""
+    first, last = main_loop(code) or (0, -1)
+    loads = [access(name, "load") for name in code.instructions[first : last + 1]]
+    return sum(b for b in loads if b >= bits) / sum(loads) if sum(loads) else 1.0
+
+
+def worse(row: Row, recorded: Row) -> list[str]:
+    """How a case got worse than it was when docs/gpu.json was written."""
+    found = []
+    for new, old in zip(row["kernels"], recorded["kernels"], strict=False):
+        if new["resident"] < old["resident"]:
+            found.append(f"{new['kernel']}: {new['resident']} programs a core, before {old['resident']}")
+        if new["instructions"] > 1.05 * old["instructions"] + 8:
+            found.append(f"{new['kernel']}: {new['instructions']} instructions, before {old['instructions']}")
+        if new["loop"] > 1.05 * old["loop"] + 4:
+            found.append(f"{new['kernel']}: {new['loop']} instructions in the loop, before {old['loop']}")
+    if "predicted_us" in row and row["predicted_us"] > 1.03 * recorded["predicted_us"]:
+        found.append(f"predicted {row['predicted_us']:.2f} us, before {recorded['predicted_us']:.2f}")
+    return found
+
+
+def _job(arguments: tuple[int, str]) -> Row:
+    number, target = arguments
+    case = cases()[number]
+    try:
+        return measure(case, target)
+    except Exception as error:  # a kernel that does not compile is a row of the report, not its end
+        message = f"{type(error).__name__}: {str(error).splitlines()[-1] if str(error) else ''}"
+        return {"op": case.op, "label": case.label, "target": target, "kernels": [], "problems": [message[:200]]}
+
+
+def jobs(targets: tuple[str, ...], only: str = "", tests: bool = False) -> list[tuple[int, str]]:
+    """(number of the case, target) to compile: all cases for the main targets, the first of each op for the others.
+
+    tests: only what the tests compile.
+    """
+    chosen = [(i, c) for i, c in enumerate(cases()) if only in f"{c.op} {c.label}"]
+    return [(i, t) for t in targets for i, c in chosen if c.first or (t in MAIN and (c.checked or not tests))]
+
+
+def run(work: list[tuple[int, str]], processes: int = 2) -> list[Row]:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes) as pool:
+        rows = pool.imap(_job, work, chunksize=1)
+        return [_progress(row, i, len(work)) for i, row in enumerate(rows)]
+
+
+def _progress(row: Row, i: int, total: int) -> Row:
+    flaws = "; ".join(row["problems"])
+    print(f"[{i + 1}/{total}] {row['target']} {row['op']} {row['label']} {flaws}", file=sys.stderr, flush=True)
+    return row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", nargs="+", default=[*MAIN, *ALSO], choices=list(BY_TARGET))
+    parser.add_argument("--only", default="", help="cases whose op and label contain this")
+    parser.add_argument("--tests", action="store_true", help="only what the tests compile")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--write", action="store_true", help="write docs/gpu.md and docs/gpu.json")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    rows = run(jobs(tuple(options.targets), options.only, options.tests), options.processes)
+    seconds = time.perf_counter() - began
+    if options.json:
+        options.json.write_text(json.dumps(rows))
+    if options.write:
+        from benchmarks.gpu_tables import document
+
+        versions = {"triton": triton.__version__, "torch": torch.__version__}
+        DOCS.mkdir(exist_ok=True)
+        (DOCS / "gpu.json").write_text(
+            json.dumps({"versions": versions, "rows": [_recorded(r) for r in rows]}, indent=0)
+        )
+        (DOCS / "gpu.md").write_text(document(rows, versions, seconds))
+    bad = [r for r in rows if r["problems"]]
+    for row in bad:
+        print(f"{row['target']} {row['op']} {row['label']}: {'; '.join(row['problems'])}")
+    print(f"{len(rows)} compilations, {len(bad)} with problems, {seconds:.0f} s")
+    return 1 if bad else 0
+
+
+def _recorded(row: Row) -> Row:
+    """What `worse` compares, and what others may want to read."""
+    kernels = [{k: v for k, v in kernel.items() if k != "warp_instructions"} for kernel in row["kernels"]]
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "times_us"} | {
+        "kernels": kernels
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The rows of gpu_static as docs/gpu.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.gpu_model import LATENCY, OVERLAP
+from initperf.gpu_devices import BY_TARGET
+
+Row = dict[str, Any]
+
+HEAD = """# GPU kernels, read without a GPU
+
+Written by `make gpu-report` ({count} compilations with Triton {triton}, torch {torch}). Nothing here was measured on a GPU.
+
+**Counted**, facts of the machine code: registers and warps (most that fit one core), shared memory, bits of the widest load
+and store of a thread, matrix instructions, instructions of the main loop and, over the whole launch, lane-instructions a unit;
+bytes a unit are what must pass through memory once.
+**Predicted**: microseconds, share of the floor and speed against dense. The floor is the larger of bytes over bandwidth and
+operations over rate. A prediction adds, in a {overlap}-norm, the time of every pipe (counted instructions over its rate), of
+the first-level cache (with the expected bank conflicts of random columns), of the second-level cache, of memory, and of loads that nothing hides
+({latency} cycles each). Launches are not in it: about 3 us each, on the dense side as well. Dense is the product with the
+pre-masked weight at its own floor, which no library reaches: so "x dense" is a cautious figure where dense is compute-bound.
+Both sides assume that the weight comes from memory; one that stays in the second-level cache gains less from fewer bytes.
+
+Figures of the devices, from their data sheets:
+
+| device | target | cores | GHz | TB/s | TFLOP/s float32, TF32, 16 bits | source |
+| --- | --- | --- | --- | --- | --- | --- |
+{devices}
+
+What must hold, and `tests/test_gpu_static.py` holds: no spill, no stack, shared memory within the device, 128-bit loads and
+stores wherever strides divide by 8, a matrix instruction wherever there is a 16-bit dot, and in sampling only IEEE-754
+operations rounded to nearest. {flaws}
+
+## On a GPU
+- `make gpu` runs the tests and the benchmarks on the machine's GPU (CUDA or ROCm) and writes `gpu-run.json`, the one file to send back.
+- `python -m benchmarks.gpu_tune` times the tiles of every TILES table on the card, and prints the rows to put there.
+"""
+
+COLUMNS = (
+    "op", "case", "registers", "warps a core", "shared KiB", "load / store bits", "matrix instruction", "loop",
+    "instructions a unit", "bytes a unit", "floor us", "predicted us", "share of floor", "bound by", "x dense",
+)  # fmt: skip
+
+
+def document(rows: list[Row], versions: dict[str, str], seconds: float) -> str:
+    """The whole page."""
+    devices = "\n".join(
+        f"| {d.name} | {d.target} | {d.cores} | {d.ghz} | {d.memory} | "
+        f"{', '.join(str(d.peaks[p]) for p in ('float32', 'tf32', '16bit'))} | {d.source} |"
+        for d in BY_TARGET.values()
+    )
+    bad = [r for r in rows if r["problems"]]
+    flaws = "Of these rows all do." if not bad else "Not yet:\n" + "\n".join(
+        f"- {r['target']}, {r['op']}, {r['label']}: {'; '.join(r['problems'])}" for r in bad
+    )  # fmt: skip
+    parts = [HEAD.format(count=len(rows), overlap=OVERLAP, latency=LATENCY, devices=devices, flaws=flaws, **versions)]
+    for target in dict.fromkeys(r["target"] for r in rows):
+        parts.append(f"\n## {BY_TARGET[target].name} ({target})\n\n{_line(COLUMNS)}\n{_line(['---'] * len(COLUMNS))}\n")
+        parts += [_line(_cells(r)) + "\n" for r in rows if r["target"] == target and r["kernels"]]
+    return "".join(parts)
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(str(c) for c in cells) + " |"
+
+
+def _cells(row: Row) -> list[str]:
+    kernels = row["kernels"]
+    main = kernels[0]
+
+    def widest(kind: str) -> str:
+        return max(main[kind], key=int, default="-")
+
+    def number(name: str, digits: int) -> str:
+        return f"{row[name]:.{digits}f}" if name in row else ""
+
+    unit = f" / {row['unit']}" if "unit" in row else ""
+    return [
+        row["op"],
+        row["label"],
+        ", ".join(str(k["registers"]) for k in kernels),
+        ", ".join(str(k["resident"] * k["warps"]) for k in kernels),
+        ", ".join(f"{k['shared'] / 1024:.0f}" for k in kernels),
+        f"{widest('loads')} / {widest('stores')}",
+        ", ".join(m.split(".F32")[0] for m in main["matrix"]) or "-",
+        str(main["loop"] or "-"),
+        number("instructions_a_unit", 2) + unit,
+        number("bytes_a_unit", 3),
+        number("floor_us", 2),
+        number("predicted_us", 2),
+        number("share", 2),
+        row.get("bound", ""),
+        number("times_dense", 2),
+    ]

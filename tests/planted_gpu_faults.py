@@ -1,0 +1,50 @@
+"""Compiles kernels with planted faults for sm_90 and prints, as JSON, what gpu_static says of each. Run without TRITON_INTERPRET."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from typing import Any
+
+from initperf.kernels.gpu import decode, sample, sparse_matmul
+
+from benchmarks import gpu_static
+from benchmarks.aot import changed
+from benchmarks.gpu_cases import BF16, F32, Case, _decode, _sample, _spmm, replaced
+
+
+class Limited:
+    """A kernel that may use so few registers that it spills."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.kernel[grid](*args, **kwargs, maxnreg=24)
+
+
+def row(case: Case, *faults: Any) -> dict[str, Any]:
+    with ExitStack() as stack:
+        for fault in faults:
+            stack.enter_context(fault)
+        return gpu_static.measure(case, "sm_90")
+
+
+if __name__ == "__main__":
+    decoding, product, normal = _decode(1, BF16, 0.1), _spmm(256, F32, 0.1), _sample("normal", F32, 1 << 20)
+    slow = changed(
+        decode._decode,
+        "even += value * x.to(tl.float32)",
+        "even += value * tl.exp2(tl.sqrt(tl.exp2(x.to(tl.float32))))",
+    )
+    wrong = changed(sample._normal, "tl.sqrt_rn(", "tl.sqrt(")
+    unaligned = changed(sparse_matmul._sparse_matmul, "+ rb, mask=inside)", "+ rb + 1, mask=inside)")
+    rows = {
+        "approximate": row(normal, replaced(sample, _normal=wrong)),
+        "slow": row(decoding, replaced(decode, _decode=slow)),
+        "spilling": row(decoding, replaced(decode, _decode=Limited(decode._decode))),
+        "narrow": row(product, replaced(sparse_matmul, _sparse_matmul=unaligned)),
+        "sound": row(decoding),
+        "sound product": row(product),
+    }
+    print(json.dumps(rows))

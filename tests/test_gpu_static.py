@@ -1,0 +1,167 @@
+"""Machine code of the GPU kernels: what targets.md asks, nothing worse than recorded, and a report that notices faults."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks import aot, gpu_model, gpu_static  # noqa: E402
+from initperf.gpu_devices import BY_TARGET, DEVICES  # noqa: E402
+
+OURS = ("decode", "sparse_matmul", "sparse_grad", "block_matmul")
+
+
+def compiled(*arguments):
+    """Runs Python in a process where Triton compiles instead of interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "rows.json"
+    done = compiled("-m", "benchmarks.gpu_static", "--tests", "--targets", "sm_90", "gfx942", "--json", str(path))
+    assert path.exists(), done.stderr[-2000:]
+    return {(r["target"], r["op"], r["label"]): r for r in json.loads(path.read_text())}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    stored = json.loads((ROOT / "docs" / "gpu.json").read_text())
+    return {(r["target"], r["op"], r["label"]): r for r in stored["rows"]}
+
+
+@pytest.fixture(scope="module")
+def planted():
+    done = compiled("tests/planted_gpu_faults.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_every_op_compiles_for_both_makers(rows):
+    ops = {op for _, op, _ in rows}
+    assert {"sample", "masked_matmul", "moments", "select", *OURS} <= ops
+    assert all(r["kernels"] for r in rows.values()), [k for k, r in rows.items() if not r["kernels"]]
+
+
+def test_no_kernel_has_a_flaw_that_was_not_recorded(rows, recorded):
+    new = {key: flaws for key, r in rows.items() if (flaws := set(r["problems"]) - set(recorded[key]["problems"]))}
+    assert not new
+
+
+def test_products_and_decode_have_no_flaw_on_any_target(recorded):
+    assert not {key: r["problems"] for key, r in recorded.items() if key[1] in OURS and r["problems"]}
+
+
+def test_no_kernel_got_worse_than_recorded(rows, recorded):
+    assert not {key: w for key, r in rows.items() if (w := gpu_static.worse(r, recorded[key]))}
+
+
+def test_the_mask_costs_the_weight_gradient_less_than_a_tenth(rows):
+    label = "dw bfloat16 4096 x 4096 x 4096"
+    masked, plain = (rows["sm_90", "masked_matmul", name] for name in (label, f"{label}, no mask"))
+    assert masked["predicted_us"] <= 1.1 * plain["predicted_us"]
+
+
+@pytest.mark.parametrize(("density", "times"), [(0.2, 2.5), (0.1, 5.0)])
+def test_one_row_moves_the_formats_bytes_and_is_predicted_faster_than_dense(rows, density, times):
+    row = rows["sm_90", "decode", f"1 rows bfloat16, density {density}"]
+    assert row["times_dense"] >= times
+    format_bytes = (16 + 8 + 2) / 8  # a group: 8 values, 8 columns, its base
+    assert row["bytes_a_unit"] <= 1.05 * format_bytes
+
+
+def test_a_slower_kernel_is_predicted_slower_and_called_worse(planted):
+    assert planted["slow"]["predicted_us"] > 1.05 * planted["sound"]["predicted_us"]
+    assert gpu_static.worse(planted["slow"], planted["sound"])
+    assert not gpu_static.worse(planted["sound"], planted["sound"])
+
+
+def test_spills_narrow_loads_and_approximations_are_seen(planted):
+    assert any("spills" in p for p in planted["spilling"]["problems"])
+    assert any("in loads so wide" in p for p in planted["narrow"]["problems"])
+    assert any("approx" in p for p in planted["approximate"]["problems"])
+    assert not planted["sound"]["problems"]
+    assert not planted["sound product"]["problems"]
+
+
+def test_the_page_shows_every_recorded_case(recorded):
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert all(f"| {op} | {label} |" in page for _, op, label in recorded)
+    assert "Nothing here was measured on a GPU" in page
+
+
+def code(*instructions, loops=(), registers=32, shared=0, warps=4, target="sm_90"):
+    return aot.Code(target, list(instructions), list(loops), registers, 0, 0, shared, warps)
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"),
+    [
+        ("HGMMA.64x128x16.F32.BF16", 64 * 128 * 16 // 4),
+        ("HMMA.16816.F32.BF16", 16 * 8 * 16),
+        ("FFMA", 32),
+        ("FFMA2", 64),
+        ("IMAD", 0),
+    ],
+)
+def test_multiply_adds_are_read_from_the_name(name, macs):
+    assert gpu_model.macs(name, 32) == macs
+    assert gpu_model.macs("v_mfma_f32_32x32x8_bf16", 64) == 32 * 32 * 8
+
+
+def test_widths_are_read_from_the_name():
+    names = code("LDG.E.128", "LDG.E", "LDG.E.U16", "LDGSTS.E.BYPASS.128", "STG.E.64", "LDS.128", "buffer_load_dwordx4")
+    assert names.widths("load") == {128: 3, 32: 1, 16: 1}
+    assert names.widths("store") == {64: 1}
+
+
+def test_the_main_loop_runs_as_often_as_its_multiply_adds_ask():
+    loop = code("MOV", "FFMA", "FFMA", "BRA", "EXIT", loops=[(1, 3)])
+    turns = gpu_model.trips(loop, program_macs=2 * 32 * 4 * 10)
+    assert turns == 10
+    assert gpu_model.executed(loop, turns) == {"MOV": 1, "FFMA": 20, "BRA": 10, "EXIT": 1}
+
+
+def test_what_fits_a_core_follows_the_scarcest_resource():
+    h100 = DEVICES["h100"]
+    assert gpu_model.resident(code(registers=32), h100) == 16  # 64 warps
+    assert gpu_model.resident(code(registers=128), h100) == 4
+    assert gpu_model.resident(code(shared=100 * 1024), h100) == 2
+    assert gpu_model.resident(code(warps=1), h100) == 32
+    assert gpu_model.resident(code(registers=128, target="gfx942"), DEVICES["mi300x"]) == 4
+
+
+def test_more_bytes_and_more_instructions_take_longer():
+    launch = aot.Launch("k", (1000,), code(*["IADD3"] * 100), {})
+    h100 = DEVICES["h100"]
+    one = gpu_model.predict([launch], h100, nbytes=1e6)
+    assert gpu_model.predict([launch], h100, nbytes=2e6).us > one.us
+    longer = aot.Launch("k", (1000,), code(*["IADD3"] * 200), {})
+    assert gpu_model.predict([longer], h100, nbytes=1e6).us > one.us
+
+
+def test_random_bank_conflicts_are_the_expected_fullest_bin():
+    assert gpu_model.most_loaded(1, 4) == 1
+    assert gpu_model.most_loaded(2, 2) == pytest.approx(1.5)
+    assert gpu_model.most_loaded(4, 4) == pytest.approx(2.125)
+
+
+def test_capturing_in_the_interpreter_is_refused():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), aot.capture("sm_90"):
+            pass
+
+
+def test_every_target_has_a_device_with_figures_and_a_source():
+    assert set(BY_TARGET) == set(gpu_static.MAIN + gpu_static.ALSO)
+    for device in DEVICES.values():
+        assert device.source
+        assert min(device.peaks.values()) > 0
+        assert device.program_kib <= device.shared_kib
