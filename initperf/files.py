@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 from initperf.checks import InitPerfError
 
@@ -52,6 +53,8 @@ def make_folder(path: str | Path) -> Path:
 class FileLock:
     """An exclusive lock on a file, released by the system when the process ends, however it ends."""
 
+    held: ClassVar[set[Path]] = set()  # by this process
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: int | None = None
@@ -65,10 +68,12 @@ class FileLock:
             os.close(handle)
             return False
         self._handle = handle
+        self.held.add(self.path)
         return True
 
     def release(self) -> None:
         if self._handle is not None:
+            self.held.discard(self.path)
             os.close(self._handle)
             self._handle = None
 

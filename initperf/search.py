@@ -133,6 +133,10 @@ class TicketSearch:
                     if self.folder.record(network) is None:
                         return network, lock
                     lock.release()
+            if any(self.folder.lock(n).path in FileLock.held for n in missing):
+                fail(
+                    "one open loop over a run in a process", f"another one, which holds a network of {self.folder.path}"
+                )
             time.sleep(POLL_SECONDS)
         return None
 

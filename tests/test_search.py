@@ -293,6 +293,15 @@ def test_a_loop_left_with_break_repeats_that_network(tmp_path):
     assert (first.trial, first.level) == (0, 0)
 
 
+def test_two_loops_in_one_process_do_not_wait_for_each_other(tmp_path):
+    networks = iter(search(tmp_path, trials=1))
+    next(networks)
+    with pytest.raises(InitPerfError, match="one open loop"):
+        next(iter(search(tmp_path, trials=1)))
+    networks.close()
+    assert next(iter(search(tmp_path, trials=1))).level == 0
+
+
 PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
