@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench gpu-report lint format clean
+.PHONY: demo test test-slow bench gpu-report gpu lint format clean
 
 .venv/.installed: setup.py
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ bench: .venv/.installed
 
 gpu-report: .venv/.installed
 	$(BIN)/python -m benchmarks.gpu_static --write
+
+gpu: .venv/.installed
+	$(BIN)/python -m benchmarks.gpu_run
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

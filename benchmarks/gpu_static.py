@@ -21,6 +21,7 @@ import triton
 from benchmarks.aot import Code, Launch, access, capture
 from benchmarks.gpu_cases import Case, cases
 from benchmarks.gpu_model import executed, main_loop, predict, resident, trips
+from initperf.gpu_choice import KEYS
 from initperf.gpu_devices import BY_TARGET, Device
 
 MAIN = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -179,6 +180,32 @@ def _progress(row: Row, i: int, total: int) -> Row:
     return row
 
 
+def counts_module(rows: list[Row]) -> str:
+    """initperf/gpu_counts.py: cycles of a core that a unit keeps each pipe busy, of the kernels that gpu_choice weighs."""
+    wanted = {label: key for key, label in KEYS.items()}
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        key = wanted.get(f"{row['op']} {row['label']}")
+        if key and "times_us" in row:
+            device = BY_TARGET[row["target"]]
+            scale = device.cores * device.ghz * 1e3 / row["units"]
+            busy = {p: t * scale for p, t in row["times_us"].items() if p not in ("memory", "matrix", "latency")}
+            top = sorted(busy, key=lambda p: -busy[p])[:3]
+            table.setdefault(row["target"], {})[key] = {p: float(f"{busy[p]:.3g}") for p in sorted(top)}
+    lines = [
+        '"""Cycles of a core that a unit of work keeps its busiest pipes busy. Written by `make gpu-report`; see docs/gpu.md."""',
+        "",
+        "COUNTS: dict[str, dict[str, dict[str, float]]] = {",
+    ]
+    for target, keys in table.items():
+        lines.append(f'    "{target}": {{')
+        for key, pipes in keys.items():
+            inner = ", ".join(f'"{p}": {v}' for p, v in pipes.items())
+            lines.append(f'        "{key}": {{{inner}}},')
+        lines.append("    },")
+    return "\n".join([*lines, "}", ""])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="+", default=[*MAIN, *ALSO], choices=list(BY_TARGET))
@@ -201,6 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
         (DOCS / "gpu.json").write_text(
             json.dumps({"versions": versions, "rows": [_recorded(r) for r in rows]}, indent=0)
         )
+        (DOCS.parent / "initperf" / "gpu_counts.py").write_text(counts_module(rows))
         (DOCS / "gpu.md").write_text(document(rows, versions, seconds))
     bad = [r for r in rows if r["problems"]]
     for row in bad:

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import GPU
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import aot, gpu_model, gpu_static  # noqa: E402
+from benchmarks import aot, gpu_model, gpu_run, gpu_static, gpu_tune  # noqa: E402
+from initperf.gpu_choice import KEYS  # noqa: E402
+from initperf.gpu_counts import COUNTS  # noqa: E402
 from initperf.gpu_devices import BY_TARGET, DEVICES  # noqa: E402
 
 OURS = ("decode", "sparse_matmul", "sparse_grad", "block_matmul")
@@ -95,6 +98,36 @@ def test_the_page_shows_every_recorded_case(recorded):
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert all(f"| {op} | {label} |" in page for _, op, label in recorded)
     assert "Nothing here was measured on a GPU" in page
+
+
+def test_counts_of_the_choice_are_those_of_the_code(rows):
+    cycles = {}
+    for key, label in KEYS.items():
+        row = rows.get(("sm_90", *label.split(" ", 1)))
+        if row:
+            scale = BY_TARGET["sm_90"].cores * BY_TARGET["sm_90"].ghz * 1e3 / row["units"]
+            cycles[key] = {pipe: row["times_us"][pipe] * scale for pipe in COUNTS["sm_90"][key]}
+    assert len(cycles) > 5
+    for key, counted in cycles.items():
+        assert counted == pytest.approx(COUNTS["sm_90"][key], rel=0.06)
+
+
+@pytest.mark.skipif(GPU, reason="times for real on a GPU: python -m benchmarks.gpu_tune")
+def test_tuning_runs_every_kernel_and_keeps_a_tile_that_agrees():
+    one_of_each = {choice.name.split()[0]: choice for choice in gpu_tune.choices("cpu", size=32, batch=8)}
+    assert set(one_of_each) == {"decode", "sparse_matmul", "sparse_grad", "masked", "block"}
+    for choice in one_of_each.values():
+        tile, least, now = gpu_tune.best(choice, "cpu", limit=1)
+        assert least <= now
+        assert tile in [choice.now, *choice.others]
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+@pytest.mark.parametrize("module", [gpu_run, gpu_tune])
+def test_without_a_gpu_running_and_tuning_say_so(module, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    assert module.main() == 1
+    assert "Expected a GPU" in capsys.readouterr().err
 
 
 def code(*instructions, loops=(), registers=32, shared=0, warps=4, target="sm_90"):
