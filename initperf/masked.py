@@ -145,7 +145,7 @@ class MaskedLinear(nn.Linear):
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
         # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
         premasked = isinstance(weight, nn.Parameter)
-        y = masked_ops.masked_linear(flat, weight, self.bias, self.weight_mask, pattern.tensors, premasked)
+        y = masked_ops.linear(flat, weight, self.bias, self.weight_mask, pattern.tensors, premasked)
         return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
 
     def to_linear(self) -> nn.Linear:
@@ -262,10 +262,11 @@ def sparsify(
 
     masks: {name of a weight, such as "fc1.weight": bool mask}; or density: the fraction of each layer's weights to keep,
     one number for every nn.Linear or {glob of weight names: number}, by magnitude. Masked layers keep their Parameter
-    objects. sparse=True makes SparseLinear layers, with parameters of their own. Raises, and changes nothing, for a name
+    objects. sparse=True, compressed storage, is not in this version and raises. Raises, and changes nothing, for a name
     that is no nn.Linear's weight, a mask of wrong shape or dtype, a weight tied to another parameter, and layers whose
     forward is never called, as in nn.MultiheadAttention.
     """
+    check(not sparse, "sparse=False: layers of compressed storage are not in this version", sparse)
     check((masks is None) != (density is None), "either masks or density", "both" if masks is not None else "neither")
     linears = {
         _join(name, "weight"): m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)
@@ -299,8 +300,6 @@ def sparsify(
             fail("weights of one layer each", f"the tied weights {names} (leave them out)", kind=InitPerfRuntimeError)
         if layer.weight.dtype not in FLOATS:
             fail(f"{name} to be float32, bfloat16, float16 or float64", layer.weight.dtype)
-    if sparse:
-        return _compress(model, {id(linears[name]): mask for name, mask in masks.items()})
     for name, mask in masks.items():
         layer = linears[name]
         if isinstance(layer, MaskedLinear):
@@ -309,19 +308,6 @@ def sparsify(
             layer.__class__ = MaskedLinear  # the same module and Parameter objects, so hooks and optimizers stay
             cast(MaskedLinear, layer)._adopt(mask)
     return model
-
-
-def _compress(model: nn.Module, masks: dict[int, Tensor]) -> nn.Module:
-    from initperf.sparse import SparseLinear
-
-    made: dict[int, nn.Module] = {}
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if id(child) in masks:
-                if id(child) not in made:
-                    made[id(child)] = SparseLinear.from_linear(child, masks[id(child)])
-                module._modules[name] = made[id(child)]
-    return SparseLinear.from_linear(model, masks[id(model)]) if id(model) in masks else model
 
 
 def _by_magnitude(linears: Mapping[str, nn.Linear], density: float | Mapping[str, float]) -> dict[str, Tensor]:

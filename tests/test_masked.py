@@ -444,6 +444,7 @@ def test_what_cannot_be_masked_is_refused_by_name_and_nothing_changes():
         {"density": 1.5},
         {"density": {"nothing*": 0.5}},
         {"masks": [1]},
+        {"masks": good, "sparse": True},
     ):
         with pytest.raises(InitPerfError):
             sparsify(model, **arguments)

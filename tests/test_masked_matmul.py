@@ -291,7 +291,7 @@ def test_the_dense_weight_gradient_is_masked_to_exact_zeros_whatever_it_held(dty
         x, dy, _, _, mask = operands(B, K, N, 0.3, dtype)
         if B:
             x[0, 0] = float("inf")
-        got = module.dense_grad_weight(dy, x, mask)
+        got = module.dense_grad_weight(dy, x, mask, [])
         assert torch.equal(got.nan_to_num(), torch.where(mask, dy.t() @ x, 0).nan_to_num())
         assert not bits(got)[~mask].any()
 
@@ -313,3 +313,25 @@ def test_the_memory_of_a_large_gradient_is_used_again_only_when_free_and_goes_wi
     before = len(memory._kept)
     del mask
     assert len(memory._kept) == before - 1
+
+
+def test_modes_and_transforms_see_the_op():
+    """The shortcut past the dispatcher is taken only where nothing could tell."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, dy, weight, bias, mask = operands(6, 20, 30, 0.4)
+    x.requires_grad_(), weight.requires_grad_()
+    plain = masked_ops.linear(x, weight, bias, mask, [], True)
+    with Watch():
+        watched = masked_ops.linear(x, weight, bias, mask, [], True)
+        watched.backward(dy)
+    assert torch.equal(plain, watched)
+    for op in ("masked_linear", "masked_grad_input", "masked_grad_weight"):
+        assert any(name.startswith(f"initperf.{op}") for name in seen), op

@@ -427,7 +427,7 @@ def masked_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor
     return out
 
 
-def dense_grad_weight(dy: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+def dense_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]) -> Tensor:
     """masked_grad_weight as a dense product that is masked in place."""
     out = gradient_memory(mask, (dy.shape[1], x.shape[1]), x.dtype)
     if not out.numel():
