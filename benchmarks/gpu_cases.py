@@ -285,6 +285,27 @@ def _sddmm(b: int, dtype: torch.dtype, density: float, n: int = SIZE, k: int = S
     )
 
 
+def _sddmm_tiles(dtype: torch.dtype, b: int = SIZE, n: int = SIZE, k: int = SIZE, density: float = 0.1) -> Case:
+    nnz, words, tiles = round(density * n * k), math.ceil(k / 32), math.ceil(n / 128) * math.ceil(k / 128)
+
+    def run() -> object:
+        return sparse_grad.sparse_grad_tiles(
+            meta(b, n, dtype=dtype), meta(b, k, dtype=dtype), index(n, words), index(n, words), index(tiles), nnz
+        )
+
+    def work(launches: list[Launch], device: Device) -> Work:
+        a, size = launches[0].arguments, dtype.itemsize
+        macs, step = float(b) * 128 * 128, a["BATCH"] * a["SIDE"] * a["SIDE"]
+        nbytes = size * (b * k + b * n + nnz) + n * words * 8
+        precision = "16bit" if size == 2 else "float32"
+        return Work("MAC", macs * tiles, nbytes, macs, step, precision, dense_macs=float(b) * n * k)
+
+    return Case(
+        "sparse_grad", f"tiles {SHORT[dtype]} {b} x {n} x {k}", run, work, store_bits=0,
+        checked=dtype == BF16 and b == SIZE, matrix=dtype.itemsize == 2,
+    )  # fmt: skip
+
+
 # Blocks
 
 
@@ -409,6 +430,7 @@ def cases() -> list[Case]:
         _spmm(256, F64, 0.1),
     ]
     result += [_sddmm(256, F32, 0.1), _sddmm(60, F32, 0.1), _sddmm(256, BF16, 0.02)]
+    result += [_sddmm_tiles(dtype) for dtype in (BF16, F32)] + [_sddmm_tiles(BF16, *odd)]
 
     products = ("forward", "dx", "dw")
     result += [

@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _recorded(row: Row) -> Row:
     """What `worse` compares, and what others may want to read."""
     kernels = [{k: v for k, v in kernel.items() if k != "warp_instructions"} for kernel in row["kernels"]]
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "times_us"} | {
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items() if k != "times_us"} | {
         "kernels": kernels
     }
 

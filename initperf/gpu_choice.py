@@ -32,6 +32,8 @@ KEYS = {
     "rows 2": "sparse_matmul 256 x bfloat16, density 0.02, 16-bit columns",
     "rows grad 4": "sparse_grad 256 x float32, density 0.1",
     "rows grad 2": "sparse_grad 256 x bfloat16, density 0.02",
+    "tiles grad 4": "sparse_grad tiles float32 4096 x 4096 x 4096",
+    "tiles grad 2": "sparse_grad tiles bfloat16 4096 x 4096 x 4096",
     "masked grad 4": "masked_matmul dw float32 4096 x 4096 x 4096",
     "masked grad 2": "masked_matmul dw bfloat16 4096 x 4096 x 4096",
     **{
@@ -98,6 +100,14 @@ def choose(
             macs * tiles,
             weights * (size + 1 / 8) + activations,
             2,
+            2 * macs * tiles / peak / 1e6,
+        )
+        sparse(
+            "tiles at survivors",
+            f"tiles grad {size}",
+            macs * tiles,
+            survivors * size + weights / 4 + activations,
+            1,
             2 * macs * tiles / peak / 1e6,
         )
         sparse("rows at survivors", f"rows grad {size}", survivors * rows, survivors * (size + 2) + activations, 3)

@@ -42,6 +42,8 @@ COUNTS: dict[str, dict[str, dict[str, float]]] = {
         "block dw 64 4": {"fma": 0.0248, "issue": 0.0142, "l1": 0.0183},
         "block dw 128 2": {"integer": 0.000845, "issue": 0.000974, "l1": 0.0022},
         "block dw 128 4": {"fma": 0.0331, "issue": 0.0186, "l1": 0.023},
+        "tiles grad 2": {"integer": 0.000355, "issue": 0.000475, "l1": 0.00124},
+        "tiles grad 4": {"fma": 0.0165, "issue": 0.00926, "l1": 0.011},
     },
     "sm_90": {
         "masked grad 2": {"integer": 0.000278, "issue": 0.000321, "l1": 0.000328},
@@ -84,6 +86,8 @@ COUNTS: dict[str, dict[str, dict[str, float]]] = {
         "block dw 64 4": {"fma": 0.0101, "issue": 0.0113, "l1": 0.0149},
         "block dw 128 2": {"issue": 0.000333, "l1": 0.000608, "l2": 0.000613},
         "block dw 128 4": {"fma": 0.0102, "issue": 0.0119, "l1": 0.014},
+        "tiles grad 2": {"fma": 9.18e-05, "issue": 0.000215, "l1": 0.000348},
+        "tiles grad 4": {"fma": 0.00809, "issue": 0.009, "l1": 0.0107},
     },
     "sm_100": {
         "masked grad 2": {"integer": 0.000286, "issue": 0.000349, "l1": 0.000327},
@@ -126,6 +130,8 @@ COUNTS: dict[str, dict[str, dict[str, float]]] = {
         "block dw 64 4": {"fma": 0.0113, "issue": 0.0129, "l1": 0.0167},
         "block dw 128 2": {"issue": 0.000319, "l1": 0.000469, "l2": 0.000613},
         "block dw 128 4": {"fma": 0.0114, "issue": 0.0136, "l1": 0.0157},
+        "tiles grad 2": {"integer": 0.000101, "issue": 0.00024, "l1": 0.000347},
+        "tiles grad 4": {"fma": 0.00794, "issue": 0.00898, "l1": 0.0105},
     },
     "gfx942": {
         "masked grad 2": {"l1": 0.000594, "shared": 0.00219, "vector": 0.000617},
@@ -168,6 +174,8 @@ COUNTS: dict[str, dict[str, dict[str, float]]] = {
         "block dw 64 4": {"l1": 0.00221, "l2": 0.00183, "shared": 0.00221},
         "block dw 128 2": {"l1": 0.0015, "shared": 0.0052, "vector": 0.00133},
         "block dw 128 4": {"l1": 0.00298, "l2": 0.00123, "shared": 0.00369},
+        "tiles grad 2": {"l1": 0.000595, "shared": 0.00221, "vector": 0.00057},
+        "tiles grad 4": {"l1": 0.00119, "scalar": 0.000149, "shared": 0.00148},
     },
     "sm_86": {
         "masked grad 2": {"integer": 0.000946, "issue": 0.000941, "l1": 0.0017},

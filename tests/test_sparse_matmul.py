@@ -10,6 +10,7 @@ from tolerance import assert_close_to_exact, bits
 from initperf.reference import sparse_matmul as reference
 
 pytest.importorskip("triton")
+from initperf.kernels.gpu import pattern  # noqa: E402
 from initperf.kernels.gpu import sparse_grad as gpu_grad  # noqa: E402
 from initperf.kernels.gpu import sparse_matmul as gpu  # noqa: E402
 
@@ -63,6 +64,33 @@ def test_gradient_of_the_values_is_the_dense_one_at_the_survivors(b, n, k, densi
     x, dy, _, mask = problem(b, n, k, density, dtype, gpu_device)
     grad = gpu_grad.sparse_grad(dy, x, *reference.rows(mask))
     assert_product(grad, dy.t(), x, (dy.t() @ x)[mask], keep=mask)
+
+
+def by_tiles(mask):
+    bits, tiles = pattern.pattern_tensors(mask)
+    return bits, reference.word_starts(mask), tiles, int(mask.sum())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize(("b", "n", "k", "density"), [*SHAPES, (20, 140, 300, 0.1), (64, 128, 256, 0.3)])
+def test_gradient_by_tiles_lands_at_the_survivors_too(b, n, k, density, dtype, gpu_device):
+    x, dy, _, mask = problem(b, n, k, density, dtype, gpu_device)
+    mask[:, : k // 2] &= n < 130  # a tile with no survivor in the large one
+    grad = gpu_grad.sparse_grad_tiles(dy, x, *by_tiles(mask))
+    assert_product(grad, dy.t(), x, (dy.t() @ x)[mask], keep=mask)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.0])
+def test_gradient_by_tiles_of_nothing_and_of_everything(keep, gpu_device):
+    x, dy, _, mask = problem(9, 33, 45, keep, torch.float32, gpu_device)
+    grad = gpu_grad.sparse_grad_tiles(dy, x, *by_tiles(mask))
+    assert_product(grad, dy.t(), x, (dy.t() @ x)[mask], keep=mask)
+
+
+def test_both_definitions_of_the_gradient_agree():
+    x, dy, _, mask = problem(9, 33, 45, 0.3, torch.float64)
+    whole = reference.sparse_grad(dy, x, *reference.rows(mask))
+    assert torch.equal(reference.sparse_grad_tiles(dy, x, *by_tiles(mask)), whole)
 
 
 def test_one_column_kept_in_every_row(gpu_device):

@@ -66,3 +66,17 @@ def sparse_grad(dy: Tensor, x: Tensor, start: Tensor, columns: Tensor, order: Te
     """dvalues (nnz,): of survivor (n, k) the sum over the batch of dy[b, n] x[b, k], in float32 (float64 for float64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (dy.to(wide).t() @ x.to(wide))[_row_of_each(start), columns.long()].to(x.dtype)
+
+
+def word_starts(mask: Tensor) -> Tensor:
+    """first (N, ceil(K / 32)) int32: the survivors of the bool mask (N, K) before each word of 32 bits, in rows."""
+    n, k = mask.shape
+    words = torch.nn.functional.pad(mask, (0, -k % 32)).view(n, -1, 32).sum(2).flatten()
+    return (words.cumsum(0) - words).to(torch.int32).view(n, -1)
+
+
+def sparse_grad_tiles(dy: Tensor, x: Tensor, bits: Tensor, first: Tensor, tiles: Tensor, survivors: int) -> Tensor:
+    """The same as sparse_grad, from the mask as bits (N, ceil(K / 32)) int32: bit j of word w is weight 32 w + j."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mask = (bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bits.device)) & 1
+    return (dy.to(wide).t() @ x.to(wide))[mask.flatten(1)[:, : x.shape[1]].bool()].to(x.dtype)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .sparse_grad import programs
-from .targets import cast, dot, tile
+from .targets import cast, dot, precision, rows_of_8, tile
 
 BLOCKS = (16, 32, 64, 128)
 
@@ -164,19 +163,6 @@ def _block_grad(
     tl.store(out_ptr, grad, mask=(at < end)[:, None, None])
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x with rows at addresses that 16 divides and a length that 8 divides, the excess 0: what its loads can take 16 bytes of."""
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    out = x.new_zeros(x.shape[0], triton.cdiv(x.shape[1], 8) * 8)
-    out[:, : x.shape[1]] = x
-    return out
-
-
 def block_matmul(
     x: Tensor,
     values: Tensor,
@@ -196,14 +182,14 @@ def block_matmul(
     y = x.new_empty(x.shape[0], outputs)
     if not y.numel():
         return y
-    x = _aligned(x)
+    x = rows_of_8(x)
     tiles = tile(TILES)[block][0]
     unit = 8 if outputs % 8 == 0 else 1
     _block_matmul[(triton.cdiv(x.shape[0], tiles.batch), order.numel())](
         *(x, values.contiguous(), start, columns, perm, order, bias, y),
         *(x.shape[0], x.shape[1] // 8, outputs // unit, x.stride(0) // 8, y.stride(0) // unit),
         TRANSPOSED=perm is not None,
-        PRECISION=_precision(x.dtype),
+        PRECISION=precision(x.dtype),
         UNIT=unit,
         EVEN_K=x.shape[1] % block == 0,
         BLOCK=block,
@@ -222,14 +208,14 @@ def block_grad(dy: Tensor, x: Tensor, start: Tensor, columns: Tensor, order: Ten
     grad = x.new_empty(columns.numel(), block, block)
     if not grad.numel() or b == 0:
         return grad.zero_()
-    dy, x = _aligned(dy), _aligned(x)
+    dy, x = rows_of_8(dy), rows_of_8(x)
     tiles = tile(TILES)[block][1]
     many = max(1, tiles.batch // block)
     row, first = programs(start, order, many)
     _block_grad[(row.numel(),)](
         *(dy, x, start, columns, row, first, grad),
         *(b, dy.shape[1] // 8, x.shape[1] // 8, dy.stride(0) // 8, x.stride(0) // 8),
-        PRECISION=_precision(x.dtype),
+        PRECISION=precision(x.dtype),
         EVEN_B=b % (tiles.inner * 2 // x.element_size()) == 0,
         EVEN=dy.shape[1] % block == 0 and x.shape[1] % block == 0,
         BLOCK=block,

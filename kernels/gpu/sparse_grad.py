@@ -2,8 +2,8 @@
 
 dy and x lie feature-major, (N, B) and (K, B). A program takes some survivors of one row n: it keeps dy[:, n] of a stretch of
 the batch in registers, meets each survivor's x[:, k] in wide loads, and sums over the threads once, at the end. The survivors
-of all programs come from a list made by counting. In 16 bits, and above a few percent of survivors in float32 with TF32,
-the matrix product of masked_matmul is faster.
+of all programs come from a list made by counting. In 16 bits the matrix unit is faster at almost any density: there a program
+computes a whole tile that has survivors, and writes those straight to their places, which it counts in the bits of the mask.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .pattern import TILE
 from .sparse_matmul import feature_major
-from .targets import cast, tile
+from .targets import cast, dot, precision, rows_of_8, tile
 
 # Survivors and stretch of the batch of one program (one warp), by bytes of a value: 16 bytes of a row of x a thread.
 TILES = {
@@ -22,6 +23,13 @@ TILES = {
     "sm_90": {2: (8, 256), 4: (8, 128), 8: (8, 64)},
     "sm_100": {2: (8, 256), 4: (8, 128), 8: (8, 64)},
     "gfx942": {2: (8, 512), 4: (8, 256), 8: (8, 128)},
+}
+# Batch of a step, warps, stages of the tiles of 128 x 128, by bytes of a value.
+MATRIX_TILES = {
+    "sm_80": {2: (32, 8, 3), 4: (16, 8, 3)},
+    "sm_90": {2: (64, 8, 3), 4: (32, 8, 3)},
+    "sm_100": {2: (64, 8, 3), 4: (32, 8, 3)},
+    "gfx942": {2: (32, 8, 2), 4: (16, 8, 2)},
 }
 
 
@@ -70,6 +78,66 @@ def _sparse_grad(
     tl.store(grad_ptr + at, cast(tl.sum(acc, 1), dtype), mask=at < end)
 
 
+@triton.jit
+def _bits_set(word):
+    """Number of ones in each int32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def _sparse_grad_tiles(
+    # inputs
+    dy_ptr,  # (B, N)
+    x_ptr,  # (B, K)
+    bits_ptr,  # (N, words)
+    first_ptr,  # (N, words): survivors before each word
+    tiles_ptr,  # (programs,): row of tiles << 16 | column of tiles
+    # output
+    grad_ptr,  # (nnz,)
+    # sizes, strides: divided by 8 but for B and words
+    B,
+    N,
+    words,
+    N8,
+    K8,
+    stride_db8,
+    stride_xb8,
+    # scalars, tiles
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,  # BATCH divides B, SIDE divides N and K
+    SIDE: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    live = tl.load(tiles_ptr + tl.program_id(0))
+    first_n, first_k = (live >> 16) * SIDE, (live & 0xFFFF) * SIDE
+    rb, rn, rk = tl.arange(0, BATCH), first_n + tl.arange(0, SIDE), first_k + tl.arange(0, SIDE)
+    dy_tile_ptr = dy_ptr + rb.to(tl.int64)[:, None] * stride_db8 * 8 + rn[None, :]
+    x_tile_ptr = x_ptr + rb.to(tl.int64)[:, None] * stride_xb8 * 8 + rk[None, :]
+    acc = tl.zeros((SIDE, SIDE), tl.float32)
+    for b in range(0, B, BATCH):
+        if EVEN:
+            dy, x = tl.load(dy_tile_ptr), tl.load(x_tile_ptr)
+        else:
+            on_b = (b + rb < B)[:, None]
+            dy = tl.load(dy_tile_ptr, mask=on_b & (rn < N8 * 8)[None, :], other=0.0)
+            x = tl.load(x_tile_ptr, mask=on_b & (rk < K8 * 8)[None, :], other=0.0)
+        acc = dot(dy.trans(1, 0), x, acc, PRECISION)
+        dy_tile_ptr += tl.full((), BATCH * 8, tl.int64) * stride_db8
+        x_tile_ptr += tl.full((), BATCH * 8, tl.int64) * stride_xb8
+    at = first_k // 32 + tl.arange(0, SIDE // 32)
+    inside = (rn < N)[:, None] & (at < words)[None, :]
+    word_at = rn.to(tl.int64)[:, None] * words + at[None, :]
+    word = tl.load(bits_ptr + word_at, mask=inside, other=0)[:, :, None]
+    first = tl.load(first_ptr + word_at, mask=inside, other=0)[:, :, None]
+    bit = tl.arange(0, 32)[None, None, :]
+    place = first + _bits_set(word & ((1 << bit) - 1))
+    grad = cast(acc.reshape(SIDE, SIDE // 32, 32), grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + place, grad, mask=((word >> bit) & 1) != 0)
+
+
 def programs(start: Tensor, order: Tensor, survivors: int) -> tuple[Tensor, Tensor]:
     """(row, first survivor) of each program, heavy rows first, by counting."""
     counts = start.diff()[order.long()]
@@ -109,6 +177,33 @@ def sparse_grad(dy: Tensor, x: Tensor, start: Tensor, columns: Tensor, order: Te
         BB=batch,
         EVEN=b % batch == 0,
         num_warps=1,
+        enable_fp_fusion=True,
+    )
+    return grad
+
+
+def sparse_grad_tiles(dy: Tensor, x: Tensor, bits: Tensor, first: Tensor, tiles: Tensor, survivors: int) -> Tensor:
+    """The same as sparse_grad, on the matrix unit; float32 in TF32 where torch allows that.
+
+    bits (N, ceil(K / 32)) int32 and tiles int32: as pattern.pattern_tensors makes them. first: int32 like bits, the number of
+    survivors before each word, in rows. float32, bfloat16 or float16, one dtype.
+    """
+    b = x.shape[0]
+    grad = x.new_empty(survivors)
+    if survivors == 0 or b == 0:
+        return grad.zero_()
+    n, k = dy.shape[1], x.shape[1]
+    dy, x = rows_of_8(dy), rows_of_8(x)
+    batch, warps, stages = tile(MATRIX_TILES)[x.element_size()]
+    _sparse_grad_tiles[(tiles.numel(),)](
+        *(dy, x, bits, first, tiles, grad),
+        *(b, n, bits.shape[1], dy.shape[1] // 8, x.shape[1] // 8, dy.stride(0) // 8, x.stride(0) // 8),
+        PRECISION=precision(x.dtype),
+        EVEN=b % batch == 0 and n % TILE == 0 and k % TILE == 0,
+        SIDE=TILE,
+        BATCH=batch,
+        num_warps=warps,
+        num_stages=stages,
         enable_fp_fusion=True,
     )
     return grad

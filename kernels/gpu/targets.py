@@ -1,4 +1,4 @@
-"""Which GPU a launcher runs on, and what its dtypes need in Triton's interpreter. Shared by every kernel file with a TILES table."""
+"""Which GPU a launcher runs on, and what its operands and dtypes need. Shared by every kernel file with a TILES table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -38,6 +40,20 @@ def tile(table: Mapping[str, T]) -> T:
     """The current device's row of a TILES table."""
     name = arch()
     return table.get(name) or table.get(FAMILY.get(name, ""), table["sm_80"])
+
+
+def precision(dtype: torch.dtype) -> str:
+    """What `dot` does with float32: TF32 where torch's own products may."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def rows_of_8(x: Tensor) -> Tensor:
+    """x (rows, columns) with rows at addresses that 16 divides and of a length that 8 divides, the excess 0; a copy if it is not so."""
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    out = x.new_zeros(x.shape[0], triton.cdiv(x.shape[1], 8) * 8)
+    out[:, : x.shape[1]] = x
+    return out
 
 
 @triton.jit
