@@ -100,7 +100,10 @@ class MaskedLinear(nn.Linear):
         self._pattern = SparsePattern(self.weight_mask)
         weight = self._parameters.get("weight")
         if weight is not None and not weight.is_meta and self._pattern.nnz < weight.numel():
-            weight.masked_fill_(~self.weight_mask, 0)
+            pruned = ~self.weight_mask
+            weight.masked_fill_(pruned, 0)
+            if weight.grad is not None:  # from before the mask: a step would revive with it
+                weight.grad.masked_fill_(pruned, 0)
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask: pruned weights become 0, revived ones start at 0. Optimizer state made before: mask_optimizer_."""
@@ -133,6 +136,8 @@ class MaskedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         pattern = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
         weight = self.weight
+        if not isinstance(input, Tensor):
+            fail("an input of type torch.Tensor", type(input).__name__, kind=InitPerfTypeError)
         shape = input.shape
         if not shape or shape[-1] != self.in_features:
             fail(
@@ -145,6 +150,9 @@ class MaskedLinear(nn.Linear):
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
         # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
         premasked = isinstance(weight, nn.Parameter)
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            # torch.func's transforms (vmap, jvp, grad) know torch's own product
+            return nn.functional.linear(input, weight.masked_fill(~self.weight_mask, 0), self.bias)
         y = masked_ops.linear(flat, weight, self.bias, self.weight_mask, pattern.tensors, premasked)
         return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
 

@@ -18,13 +18,13 @@ from initperf.checks import InitPerfTypeError, check, check_seed, fail
 from initperf.criteria import CRITERIA, masks_by, movement
 from initperf.files import FileLock
 from initperf.init import initialize
+from initperf.masked import MaskedLinear
 from initperf.runfolder import KINDS, Network, RunFolder
 from initperf.running import Run, derive_seed
 from initperf.schemes import Init
 from initperf.ticket import Ticket, mask_layers, named_parameters
 
 POLL_SECONDS = 0.05
-PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class TicketSearch:
@@ -37,7 +37,7 @@ class TicketSearch:
             run.log(iteration, val_loss=..., test_accuracy=...)      # now and then
 
     make_model: () -> nn.Module; the search initializes it: `init` is a scheme of initperf.init.initialize, or a function
-    (model, seed), which may return what initialize returned. fractions: pruned a round, of the survivors, by glob over the weights of linear and convolution layers
+    (model, seed), which may return what initialize returned. fractions: pruned a round, of the survivors, by glob over the weights of nn.Linear layers
     (the last glob that matches counts); `criterion`: see initperf.criteria.masks_by. Controls at every level: "reinit" (the ticket's mask, fresh weights), "sign-reinit"
     (fresh magnitudes, the initial signs), "shuffle" (mask permuted within each layer, initial weights kept), "random" (a
     mask of equal layer densities and fresh weights), "small-dense" (`make_small(survivors)`, a dense network of about as
@@ -77,6 +77,7 @@ class TicketSearch:
             check(value >= least, f"{name} to be at least {least}", value)
         check(scope in ("layerwise", "global"), 'scope "layerwise" or "global"', repr(scope))
         check(criterion in CRITERIA, f"a criterion of {', '.join(CRITERIA)}", repr(criterion))
+        check(not isinstance(controls, str), 'controls as a list, such as ["reinit"]', repr(controls))
         for kind in controls:
             check(kind in KINDS[1:], f"controls of {', '.join(KINDS[1:])}", repr(kind))
         check("small-dense" not in controls or make_small is not None, 'make_small for the control "small-dense"', None)
@@ -157,16 +158,17 @@ class TicketSearch:
                 _take_signs(model, self._at_start(trial, level)[0], masks)
             if masks:
                 mask_layers(model, masks, sparse=self.sparse)
-            run = self._run(network, model, masks, prune.density(masks) if masks else 1.0, first if keeps else fresh)
+            run = self._run(network, model, masks, density(model, masks), first if keeps else fresh)
         torch.manual_seed(derive_seed(self.seed, trial, level, "global"))  # dropout and the like
         return run
 
     def _small(self, network: Network, masks: dict[str, Tensor], seed: int) -> Run:
-        make, survivors = self.make_small, sum(int(m.sum()) for m in masks.values())
+        total = sum(w.numel() for w in prunable(self._at_start(network.trial, network.level)[0]).values())
+        make, survivors = self.make_small, total - sum(int((~m).sum()) for m in masks.values())
         check(make is not None, 'make_small for the control "small-dense"', None)
         model, _ = self._fresh(lambda: make(survivors), seed)  # type: ignore[misc]
         weights = sum(w.numel() for w in prunable(model).values())
-        return self._run(network, model, {}, weights / sum(m.numel() for m in masks.values()), seed)
+        return self._run(network, model, {}, weights / total, seed)
 
     def _run(self, network: Network, model: nn.Module, masks: dict[str, Tensor], density: float, seed: int) -> Run:
         rewound = network.level > 0 and network.kind in ("ticket", "shuffle")
@@ -220,7 +222,7 @@ class TicketSearch:
 
     def _prune(self, run: Run) -> list[dict[str, Any]]:
         """Write the ticket of the next level; returns how the weights of each layer moved."""
-        final, initial = prunable(run.model), prunable(self._at_start(run.trial, run.level)[0])
+        final, initial = self._chosen(run.model), self._chosen(self._at_start(run.trial, run.level)[0])
         seed = derive_seed(self.seed, run.trial, run.level, "prune")
         masks = masks_by(
             self.criterion, final, initial, self.fractions, masks=run.masks or None, scope=self.scope, seed=seed
@@ -268,16 +270,22 @@ class TicketSearch:
         """For timing: the network of a finished level as a dense and as a masked model (level 0: nothing pruned), and its density."""
         masks = Ticket.load(self.folder.ticket(trial, level)).masks
         dense, masked = (self._at_start(trial, level)[0] for _ in range(2))
-        full = {n: torch.ones_like(w, dtype=torch.bool) for n, w in prunable(masked).items()}
-        return dense, mask_layers(masked, masks or full, sparse=self.sparse), prune.density(masks or full)
+        part = density(masked, masks)
+        return dense, mask_layers(masked, masks or _full(self._chosen(masked)), sparse=self.sparse), part
+
+    def _chosen(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights that `fractions` names."""
+        weights = prunable(model)
+        return {name: weights[name] for name in prune.fractions_by_name(list(weights), self.fractions)}
 
     def _check_model(self, fractions: prune.Fraction) -> dict[str, float]:
         """The fractions by glob; raises unless `make_model` makes a model with weights that they name, and `init` fits it."""
         with torch.random.fork_rng(devices=[]):
             model, _ = self._fresh(self.make_model, 0)
-        names = list(prunable(model))
-        check(len(names) > 0, "a model with linear or convolution layers", type(model).__name__)
-        prune.fractions_by_name(names, fractions)
+        weights = prunable(model)
+        check(len(weights) > 0, "a model with nn.Linear layers (others are not pruned)", type(model).__name__)
+        chosen = prune.fractions_by_name(list(weights), fractions)
+        mask_layers(model, _full({name: weights[name] for name in chosen}), sparse=self.sparse)  # fits, before training
         return dict(fractions) if isinstance(fractions, Mapping) else {"*": fractions}
 
     def _config(self) -> dict[str, Any]:
@@ -307,9 +315,19 @@ class TicketSearch:
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """canonical name -> weight of every linear and convolution layer."""
-    weights = {id(m.weight) for m in model.modules() if isinstance(m, PRUNABLE)}
+    """canonical name -> weight of every nn.Linear (not of its subclasses, such as the projection inside an attention)."""
+    weights = {id(m.weight) for m in model.modules() if type(m) in (nn.Linear, MaskedLinear)}
     return {name: p.detach() for name, p in named_parameters(model).items() if id(p) in weights}
+
+
+def density(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
+    """Survivors / weights over all prunable layers, those without a mask included."""
+    total = sum(w.numel() for w in prunable(model).values())
+    return (total - sum(int((~mask).sum()) for mask in masks.values())) / total
+
+
+def _full(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
 
 
 def _take_signs(model: nn.Module, signs: nn.Module, masks: Mapping[str, Tensor]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import prod
 
 import torch
 
 from . import ops
-from .checks import FLOATS, InitPerfError, InitPerfRuntimeError, InitPerfTypeError, check, check_float_tensor, fail
+from .checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check, check_float_tensor, fail
 
 ops.register("moments", module="moments")
 
@@ -91,7 +91,7 @@ class Moments:
 
 
 def moments(
-    tensors: torch.Tensor | Sequence[torch.Tensor],
+    tensors: torch.Tensor | Iterable[torch.Tensor],
     *,
     dim: int | Sequence[int] | None = None,
     correction: float = 0,
@@ -138,14 +138,16 @@ def moments(
 
 
 def _listed(tensors: object) -> list[torch.Tensor]:
-    if not isinstance(tensors, (list, tuple)) or not tensors:
-        got = f"an empty {type(tensors).__name__}" if isinstance(tensors, (list, tuple)) else type(tensors).__name__
-        kind = InitPerfError if isinstance(tensors, (list, tuple)) else InitPerfTypeError
-        fail("tensors to be a tensor, or a list of at least one tensor", got, kind=kind)
+    if not isinstance(tensors, Iterable) or isinstance(tensors, (str, bytes, Mapping)):
+        kind = InitPerfTypeError
+        fail("tensors to be a tensor, or a list of at least one tensor", type(tensors).__name__, kind=kind)
+    tensors = list(tensors)
+    if not tensors:
+        fail("tensors to be a tensor, or a list of at least one tensor", "none")
     for i, x in enumerate(tensors):
         if not isinstance(x, torch.Tensor):
             fail(f"tensors[{i}] to be a torch.Tensor", type(x).__name__, kind=InitPerfTypeError)
-    return list(tensors)
+    return tensors
 
 
 def _view(x: torch.Tensor, dim: int | Sequence[int] | None) -> tuple[torch.Tensor, Shape, torch.Size]:

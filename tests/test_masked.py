@@ -468,3 +468,31 @@ def test_mask_optimizer_refuses_an_optimizer_without_masked_layers():
         mask_optimizer_(torch.optim.SGD(mlp(4, 4).parameters(), lr=0.1))
     with pytest.raises(InitPerfError, match="Optimizer"):
         mask_optimizer_(mlp(4, 4))
+
+
+def test_gradients_older_than_the_mask_revive_nothing():
+    layer = MaskedLinear(6, 5)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.randn(4, 6)).sum().backward()
+    layer.set_mask(torch.rand(5, 6) < 0.5)
+    optimizer.step()
+    assert check_masks(layer)
+
+
+def test_the_transforms_of_torch_func_work_as_on_a_linear_layer():
+    layer = MaskedLinear(6, 5, mask=torch.rand(5, 6) < 0.5)
+    linear, x = layer.to_linear(), torch.randn(3, 6)
+
+    def loss(module):
+        return lambda weights: torch.func.functional_call(module, weights, x).square().sum()
+
+    torch.testing.assert_close(torch.vmap(layer)(x), linear(x))
+    mine = torch.func.grad(loss(layer))(dict(layer.named_parameters()))
+    theirs = torch.func.grad(loss(linear))(dict(linear.named_parameters()))
+    torch.testing.assert_close(mine["weight"], theirs["weight"] * layer.weight_mask)
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (x,)), torch.func.jvp(linear, (x,), (x,)))
+
+
+def test_an_input_that_is_no_tensor_is_a_type_error():
+    with pytest.raises(TypeError, match="torch.Tensor"):
+        MaskedLinear(4, 3)([1, 2, 3, 4])

@@ -450,7 +450,7 @@ def test_wrong_arguments_leave_no_folder(tmp_path, given, message):
 
 
 def test_a_model_without_prunable_layers_is_refused(tmp_path):
-    with pytest.raises(InitPerfError, match="linear or convolution"):
+    with pytest.raises(InitPerfError, match="nn.Linear layers"):
         TicketSearch(lambda: nn.LayerNorm(3), rounds=1, out=tmp_path / "run")
 
 
@@ -480,3 +480,36 @@ def test_a_diverged_network_is_named_and_its_level_not_kept(tmp_path):
     with pytest.raises(InitPerfError, match="NaN"):
         next(networks)
     assert search(tmp_path).done == 0
+
+
+class _Attention(nn.Module):
+    """A convolution, an attention and linear layers: only the last can be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 8, 1)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.block(self.conv(x).transpose(1, 2)).mean(1))
+
+
+def test_models_with_layers_that_cannot_be_pruned_are_searched_by_their_linear_layers(tmp_path):
+    found = {}
+    for run in TicketSearch(
+        _Attention, rounds=1, fractions={"block.linear*": 0.5}, controls=["shuffle"], out=tmp_path / "run"
+    ):
+        run.model(torch.randn(4, 3, 5)).sum().backward()
+        found[run.level, run.kind] = run.density, sorted(run.masks)
+        run.log(1, val_loss=1.0)
+    names = ["block.linear1.weight", "block.linear2.weight"]
+    part = (128 + 16) / (256 + 16)  # 256 weights in the two layers, half of them pruned, 16 in the head
+    assert found == {(0, "ticket"): (1.0, []), (1, "ticket"): (part, names), (1, "shuffle"): (part, names)}
+
+
+def test_controls_as_a_string_are_refused_before_anything_is_written(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(InitPerfError, match="controls as a list"):
+        TicketSearch(lambda: nn.Linear(4, 4), rounds=1, controls="reinit", out=out)
+    assert not out.exists()

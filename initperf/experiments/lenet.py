@@ -66,6 +66,7 @@ def run_ticket(
     check(chosen.data == data, f"a recipe for {data}", f"{chosen.name}, which is for {chosen.data}")
     given = {"rounds": rounds, "iterations": iterations, "trials": trials, "lr": lr, "batch": batch}
     chosen = chosen.changed(budget or DEFAULT[data][1], **given, controls=None if controls is None else tuple(controls))
+    check(data != "digits" or data_dir is None, "no data folder for digits, which ship with the package", data_dir)
     began = time.perf_counter()
     with _threads(THREADS):
         search, images = _search(chosen, data_dir, Path(out), seed)
