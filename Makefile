@@ -13,7 +13,7 @@ demo: .venv/.installed
 	$(BIN)/initperf ticket --data digits --out runs/demo
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow

@@ -298,11 +298,19 @@ def test_a_custom_reset_runs_reproducibly_and_apart_from_the_rest():
     initialize(b, seed=1)
     assert same(a.state_dict(), b.state_dict())
     assert not torch.equal(a[0].scale, a[1].scale)
+    initialize(b, seed=2)
+    assert not torch.equal(a[0].scale, b[0].scale)
     assert abs(a[0].scale.mean() - 3) < 0.02
     assert {r.name: r.text for r in result.records}["0.scale"] == "Custom.reset_parameters()"
     assert "0.scale" not in result
     assert "0.child.weight" in result
     assert torch_init.normal_.__module__ == "torch.nn.init"
+
+
+def test_a_mask_holds_for_a_parameter_that_a_custom_reset_filled():
+    model, mask = Custom(), torch.rand(40, 50) < 0.5
+    initialize(model, seed=1, masks={"scale": mask})
+    assert torch.equal(model.scale != 0, mask)
 
 
 def test_a_parents_reset_counts_more_than_its_childrens_and_a_rule_more_than_both():

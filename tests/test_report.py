@@ -134,6 +134,15 @@ def test_repeated_reinitializations_of_a_trial_count_as_one_pair(folder):
     assert after.trials == 5
 
 
+def test_a_lead_over_another_level_is_taken_from_that_level(folder):
+    run = read_run(folder)
+    own = {trial: run.by_trial(2, "ticket", "early_stop_test_accuracy")[trial] for trial in range(5)}
+    dense = {trial: run.by_trial(0, "ticket", "early_stop_test_accuracy")[trial] for trial in range(5)}
+    mean = sum(own[t] - dense[t] for t in range(5)) / 5
+    assert mean != 0
+    assert run.lead(2, "ticket", base=0).mean == pytest.approx(mean)
+
+
 def test_networks_that_never_reach_the_dense_loss_are_counted_and_count_as_late(folder):
     def of_trials(reached):
         def change(row):

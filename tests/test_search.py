@@ -138,8 +138,29 @@ def test_reinit_keeps_the_mask_and_draws_other_weights(finished):
     for name, mask in ticket.masks.items():
         assert torch.equal(control.masks[name], mask)
         assert not (fresh[name][mask] == initial[name][mask]).any()
-    other = started(finished, 0, 2, "reinit")[1]
-    assert not torch.equal(other["fc1.weight"], fresh["fc1.weight"])
+    later, other = started(finished, 0, 2, "reinit")
+    _, of_other_trial = started(finished, 1, 1, "reinit")
+    for name, mask in later.masks.items():  # survivors of level 2 survive level 1 too
+        assert not (other[name][mask] == fresh[name][mask]).any()
+        both = mask & (of_other_trial[name] != 0)
+        assert not (of_other_trial[name][both] == fresh[name][both]).any()
+
+
+def test_repeated_reinitializations_differ_and_the_global_seed_goes_by_trial_and_level(tmp_path):
+    weights, seeds = {}, {}
+    for run in search(tmp_path / "run", rounds=1, controls=["reinit"], reinits=2):
+        seeds.setdefault((run.trial, run.level), set()).add(torch.initial_seed())
+        weights[run.trial, run.kind, run.repeat] = run.model.fc1.weight.detach().clone()
+        run.log(1, val_loss=float("nan"))
+        run.log(2, val_loss=0.5)
+        run.log(3, val_loss=0.5)
+    alive = weights[0, "reinit", 0] != 0
+    assert not (weights[0, "reinit", 0][alive] == weights[0, "reinit", 1][alive]).any()
+    assert all(len(s) == 1 for s in seeds.values())
+    assert len(set.union(*seeds.values())) == len(seeds) == 4
+    rows = list(csv.DictReader((tmp_path / "run" / "results.csv").open()))
+    assert len(rows) == 2 * (2 + 2)
+    assert {row["early_stop_iteration"] for row in rows} == {"2"}  # the first least loss, NaN passed over
 
 
 def test_sign_reinit_keeps_the_initial_signs_only(finished):
