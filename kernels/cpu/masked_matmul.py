@@ -1,429 +1,38 @@
-"""The three masked products on the CPU: y = x (W o M)^T + b, dx = dy (W o M), dW = (dy^T x) o M at survivors only.
-
-A task owns a group of panels of rows, and a few blocks of the batch. For every block of columns it packs X with the batch
-in the lanes (so that a survivor costs one broadcast and V loads and multiply-adds), gathers the weights into the order of
-the index (kernels/cpu/pattern.py), and runs the units; its sums stay in the second-level cache until they leave, transposed.
-Every sum runs over columns, or over batch rows, in one fixed order: the bits do not depend on threads or tasks.
-"""
+"""The three masked products on a dense weight: y = x (W o M)^T + b, dx = dy (W o M), dW = (dy^T x) o M at survivors only."""
 
 from __future__ import annotations
 
-from functools import cache
-
-import llvmlite.binding
-import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
-from .jit import jit, threads
+from .jit import threads
 from .memory import gradient_memory
-from .pattern import BLOCK, WIDE_BLOCK
-from .spmm_ir import LANES, ROWS, compute_pointer, correlate_unit, multiply_unit, shifted, storage_pointer
-from .tiles import ZERO, apply_mask, gather, pack, prefetch_lines, scatter, start_sums, unpack
+from .products import SERIAL, correlate, multiply
+from .tiles import apply_mask
 
-KINDS = {
-    torch.float32: np.zeros(1, np.float32),
-    torch.float64: np.zeros(1, np.float64),
-    torch.bfloat16: np.zeros(1, np.uint16),
-    torch.float16: np.zeros(1, np.int16),
-}
-_BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
-SERIAL = 3 << 20  # multiply-adds under which a second thread costs more than it saves
-TILE = 1 << 20  # bytes of sums (or of dy) that a task keeps in the second-level cache
-CACHED = 4 << 20  # weights above which they, or their gradient, are not found in a cache again
-BLOCKS = 4  # batch blocks that share one gather of the weights
-COST = {4: 0.31, 2: 0.35, 1: 0.45}  # V -> measured ns a vector: fewer lanes pay more for the broadcast
-
-
-@jit()
-def _multiply_tasks(
-    width,
-    kind,
-    tasks,
-    units_at,
-    columns_at,
-    index,
-    x_at,
-    x_strides,
-    w_at,
-    w_strides,
-    bias_at,
-    y_at,
-    sizes,
-    plan,
-    scratch,
-):
-    """y[b, n] = bias[n] + sum over k of x[b, k] W[n, k] for tasks first..last of (batch part, group of panels)."""
-    first, last = tasks
-    panels, blocks, per_panel, block = index
-    B, N, K = sizes
-    batch_blocks, task_panels, groups = plan
-    lanes, panel = len(width) * LANES, per_panel * ROWS
-    units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
-    x, w, y = storage_pointer(x_at, kind), storage_pointer(w_at, kind), storage_pointer(y_at, kind)
-    bias = storage_pointer(bias_at, kind)
-    large = N * K > CACHED
-    x_tile = compute_pointer(scratch, kind)
-    y_tile = shifted(x_tile, batch_blocks * block * lanes)
-    values = shifted(y_tile, batch_blocks * task_panels * panel * lanes)
-    for task in range(first, last):
-        b0 = task // groups * batch_blocks * lanes
-        p0 = task % groups * task_panels
-        p1 = min(panels, p0 + task_panels)
-        n0, padded = p0 * panel, (p1 - p0) * panel
-        rows = min(N - n0, padded)
-        count = min(batch_blocks, (B - b0 + lanes - 1) // lanes)
-        for i in range(count):
-            start_sums(width, shifted(bias, n0), bias_at != 0, rows, padded, shifted(y_tile, i * padded * lanes))
-        for kb in range(blocks):
-            k0 = kb * block
-            for i in range(count):
-                b = b0 + i * lanes
-                source = shifted(x, b * x_strides[0] + k0 * x_strides[1])
-                pack(
-                    width,
-                    source,
-                    x_strides[0],
-                    x_strides[1],
-                    B - b,
-                    min(block, K - k0),
-                    shifted(x_tile, i * block * lanes),
-                )
-            slots = 0
-            for p in range(p0, p1):
-                records = shifted(units, (p * blocks + kb) * per_panel * 4)
-                corner = shifted(w, p * panel * w_strides[0] + k0 * w_strides[1])
-                slots += gather(records, per_panel, columns, corner, w_strides[0], w_strides[1], shifted(values, slots))
-            for i in range(count):
-                slot = np.int64(0)
-                for p in range(p0, p1):
-                    records = shifted(units, (p * blocks + kb) * per_panel * 4)
-                    place = shifted(columns, np.int64(records[3]))
-                    y_panel = shifted(y_tile, (i * padded + (p - p0) * panel) * lanes)
-                    base = slot
-                    corner = shifted(w, p * panel * w_strides[0] + (k0 + block) * w_strides[1])
-                    for u in range(per_panel):
-                        if large and kb + 1 < blocks:
-                            part, parts = i * per_panel + u, count * per_panel
-                            prefetch_lines(corner, w_strides[0], w_strides[1], panel, block, part, parts)
-                        steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
-                        numbers = np.uint32(records[4 * u])
-                        multiply_unit(
-                            width,
-                            shifted(place, slot - base),
-                            shifted(values, slot),
-                            shifted(x_tile, i * block * lanes),
-                            y_panel,
-                            numbers,
-                            steps,
-                        )
-                        slot += ROWS * steps
-        for i in range(count):
-            b = b0 + i * lanes
-            unpack(width, shifted(y_tile, i * padded * lanes), rows, B - b, shifted(y, b * N + n0), N)
-
-
-@jit()
-def _correlate_tasks(
-    width,
-    kind,
-    tasks,
-    units_at,
-    columns_at,
-    slots,
-    index,
-    dy_at,
-    dy_strides,
-    x_at,
-    x_strides,
-    sums_at,
-    out_at,
-    sizes,
-    plan,
-    scratch,
-):
-    """out[n, k] = sum over b of dy[b, n] x[b, k] at survivors, 0 elsewhere, for tasks first..last of groups of panels."""
-    first, last = tasks
-    panels, blocks, per_panel, block = index
-    B, N, K = sizes
-    batch_blocks, task_panels, _ = plan
-    lanes, panel = len(width) * LANES, per_panel * ROWS
-    units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
-    dy, x, out = storage_pointer(dy_at, kind), storage_pointer(x_at, kind), storage_pointer(out_at, kind)
-    sums = compute_pointer(sums_at, kind)
-    x_tile = compute_pointer(scratch, kind)
-    dy_tile = shifted(x_tile, batch_blocks * block * lanes)
-    line = storage_pointer(scratch, kind)  # the X tile is done with when sums leave
-    streams = N * K > CACHED and K % LANES == 0 and out_at % 64 == 0
-    for task in range(first, last):
-        p0 = task * task_panels
-        p1 = min(panels, p0 + task_panels)
-        n0, padded = p0 * panel, (p1 - p0) * panel
-        rows = min(N - n0, padded)
-        begin = np.int64(units[p0 * blocks * per_panel * 4 + 3])
-        end = np.int64(units[p1 * blocks * per_panel * 4 + 3]) if p1 < panels else slots
-        for s in range(begin, end):
-            sums[s] = ZERO
-        for b0 in range(0, B, batch_blocks * lanes):
-            count = min(batch_blocks, (B - b0 + lanes - 1) // lanes)
-            for i in range(count):
-                b = b0 + i * lanes
-                source = shifted(dy, b * dy_strides[0] + n0 * dy_strides[1])
-                pack(width, source, dy_strides[0], dy_strides[1], B - b, rows, shifted(dy_tile, i * padded * lanes))
-            for kb in range(blocks):
-                k0 = kb * block
-                for i in range(count):
-                    b = b0 + i * lanes
-                    source = shifted(x, b * x_strides[0] + k0 * x_strides[1])
-                    pack(
-                        width,
-                        source,
-                        x_strides[0],
-                        x_strides[1],
-                        B - b,
-                        min(block, K - k0),
-                        shifted(x_tile, i * block * lanes),
-                    )
-                for i in range(count):
-                    for p in range(p0, p1):
-                        records = shifted(units, (p * blocks + kb) * per_panel * 4)
-                        dy_panel = shifted(dy_tile, (i * padded + (p - p0) * panel) * lanes)
-                        slot = np.int64(records[3])
-                        for u in range(per_panel):
-                            steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
-                            numbers = np.uint32(records[4 * u])
-                            correlate_unit(
-                                width,
-                                shifted(columns, slot),
-                                shifted(sums, slot),
-                                shifted(x_tile, i * block * lanes),
-                                dy_panel,
-                                numbers,
-                                steps,
-                            )
-                            slot += ROWS * steps
-                if b0 + batch_blocks * lanes >= B:
-                    for p in range(p0, p1):
-                        records = shifted(units, (p * blocks + kb) * per_panel * 4)
-                        corner = shifted(out, p * panel * K + k0)
-                        scatter(
-                            records,
-                            per_panel,
-                            columns,
-                            shifted(sums, np.int64(records[3])),
-                            N - p * panel,
-                            min(block, K - k0),
-                            corner,
-                            K,
-                            line,
-                            streams,
-                        )
-
-
-@jit(parallel=True)
-def _multiply_parallel(
-    workers,
-    count,
-    bytes_each,
-    width,
-    kind,
-    units_at,
-    columns_at,
-    index,
-    x_at,
-    x_strides,
-    w_at,
-    w_strides,
-    bias_at,
-    y_at,
-    sizes,
-    plan,
-    scratch,
-):
-    for t in prange(workers):
-        tasks = (count * t // workers, count * (t + 1) // workers)
-        _multiply_tasks(
-            width,
-            kind,
-            tasks,
-            units_at,
-            columns_at,
-            index,
-            x_at,
-            x_strides,
-            w_at,
-            w_strides,
-            bias_at,
-            y_at,
-            sizes,
-            plan,
-            scratch + t * bytes_each,
-        )
-
-
-@jit(parallel=True)
-def _correlate_parallel(
-    workers,
-    count,
-    bytes_each,
-    width,
-    kind,
-    units_at,
-    columns_at,
-    slots,
-    index,
-    dy_at,
-    dy_strides,
-    x_at,
-    x_strides,
-    sums_at,
-    out_at,
-    sizes,
-    plan,
-    scratch,
-):
-    for t in prange(workers):
-        tasks = (count * t // workers, count * (t + 1) // workers)
-        _correlate_tasks(
-            width,
-            kind,
-            tasks,
-            units_at,
-            columns_at,
-            slots,
-            index,
-            dy_at,
-            dy_strides,
-            x_at,
-            x_strides,
-            sums_at,
-            out_at,
-            sizes,
-            plan,
-            scratch + t * bytes_each,
-        )
-
-
-@cache
-def _widths(batch: int) -> tuple[int, ...]:
-    """V zeros: the vectors a line that make the padded batch cheapest. 512-bit registers hold 4 x 4 sums, others 4 x 1."""
-    fitting = COST if llvmlite.binding.get_host_cpu_features().get("avx512f") else (1,)
-    return (0,) * min(fitting, key=lambda v: -(-batch // (v * LANES)) * v * COST[v])
-
-
-@cache
-def _plan(
-    batch: int, lanes: int, panels: int, panel: int, size: int, workers: int, split_batch: bool
-) -> tuple[int, int, int, int]:
-    """(batch blocks a task, panels a task, groups of panels, tasks): sums within TILE bytes, and work for every worker."""
-    total = -(-batch // lanes)
-    blocks = min(total, BLOCKS)
-    each = max(1, min(panels, TILE // (blocks * panel * lanes * size)))
-    while True:
-        groups = -(-panels // each)
-        each = -(-panels // groups)
-        tasks = groups * (-(-total // blocks) if split_batch else 1)
-        if tasks % workers == 0 or tasks >= 4 * workers or (each == 1 and (blocks == 1 or not split_batch)):
-            return blocks, each, groups, tasks
-        if each > 1:
-            each = -(-each // 2)
-        else:
-            blocks = -(-blocks // 2)
-
-
-class _Call:
-    """What both kernels derive from the index and the batch."""
-
-    def __init__(
-        self, units: Tensor, columns: Tensor, batch: int, K: int, dtype: torch.dtype, *, split_batch: bool
-    ) -> None:
-        panels, blocks, quads = units.shape[:3]
-        self.kind = KINDS[dtype]
-        self.width = _widths(batch)
-        self.block = BLOCK if blocks == -(-K // BLOCK) else WIDE_BLOCK
-        self.index = (panels, blocks, quads, self.block)
-        self.workers = threads() if columns.numel() * batch >= SERIAL else 1
-        self.size = 8 if dtype == torch.float64 else 4
-        self.lanes = len(self.width) * LANES
-        *self.plan, self.tasks = _plan(batch, self.lanes, panels, quads * ROWS, self.size, self.workers, split_batch)
-        self.workers = min(self.workers, self.tasks)
-
-    def scratch(self, gathers: bool) -> tuple[Tensor, int]:
-        """Working memory of all workers, 64-byte aligned, and the bytes of each."""
-        blocks, each, _ = self.plan
-        rows = each * self.index[2] * ROWS
-        elements = blocks * self.lanes * (self.block + rows) + gathers * rows * self.block
-        bytes_each = -(-elements * self.size // 64) * 64 + 64
-        return torch.empty(self.workers * bytes_each, dtype=torch.uint8), bytes_each
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """Itself where batch rows or columns are contiguous, or a contiguous copy."""
-    return tensor if 1 in tensor.stride() else tensor.contiguous()
-
-
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, units: Tensor, columns: Tensor) -> Tensor:
-    """x (B, K) times the transpose of `weight` (N, K) of any strides, at the survivors of the index."""
-    (B, K), N = x.shape, weight.shape[0]
-    y = torch.empty((B, N), dtype=x.dtype)
-    if not y.numel():
-        return y
-    x = _readable(x)
-    call = _Call(units, columns, B, K, x.dtype, split_batch=True)
-    scratch, bytes_each = call.scratch(gathers=True)
-    shared = (
-        *(units.data_ptr(), columns.data_ptr(), call.index),
-        *(
-            x.data_ptr(),
-            x.stride(),
-            weight.data_ptr(),
-            weight.stride(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-        ),
-        *((B, N, K), tuple(call.plan), scratch.data_ptr()),
-    )
-    if call.workers > 1:
-        _multiply_parallel(call.workers, call.tasks, bytes_each, call.width, call.kind, *shared)
-    else:
-        _multiply_tasks(call.width, call.kind, (0, call.tasks), *shared)
-    return y
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool
 ) -> Tensor:
     """See initperf/reference/masked_matmul.py."""
-    return _multiply(x, weight, None if bias is None else bias.contiguous(), pattern[0], pattern[1])
+    return multiply(x, (weight.data_ptr(), *weight.stride()), weight.shape[0], bias, pattern[0], pattern[1])
 
 
 def masked_grad_input(dy: Tensor, weight: Tensor, mask: Tensor, pattern: list[Tensor], premasked: bool) -> Tensor:
     """See initperf/reference/masked_matmul.py."""
-    return _multiply(dy, weight.t(), None, pattern[2], pattern[3])
+    transposed = weight.t()
+    return multiply(dy, (weight.data_ptr(), *transposed.stride()), weight.shape[1], None, pattern[2], pattern[3])
 
 
 def masked_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]) -> Tensor:
     """See initperf/reference/masked_matmul.py."""
-    (B, N), K = dy.shape, x.shape[1]
-    units, columns = pattern[:2]
+    N, K = dy.shape[1], x.shape[1]
     out = gradient_memory(mask, (N, K), x.dtype)
-    if not B or not out.numel():
+    if not len(dy) or not out.numel():
         return out.zero_()
-    dy, x = _readable(dy), _readable(x)
-    call = _Call(units, columns, B, K, x.dtype, split_batch=False)
-    scratch, bytes_each = call.scratch(gathers=False)
-    slots = columns.numel()
-    sums = torch.empty(slots, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    shared = (
-        *(units.data_ptr(), columns.data_ptr(), slots, call.index),
-        *(dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride(), sums.data_ptr(), out.data_ptr()),
-        *((B, N, K), tuple(call.plan), scratch.data_ptr()),
-    )
-    if call.workers > 1:
-        _correlate_parallel(call.workers, call.tasks, bytes_each, call.width, call.kind, *shared)
-    else:
-        _correlate_tasks(call.width, call.kind, (0, call.tasks), *shared)
+    correlate(dy, x, (out.data_ptr(), N, K), pattern[0], pattern[1])
     return out
 
 
@@ -433,7 +42,7 @@ def dense_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]
     if not out.numel():
         return out
     torch.mm(dy.t(), x, out=out)
-    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[out.element_size()]
+    words = _WORDS[out.element_size()]
     if mask.numel() >= SERIAL and threads() > 1 and mask.is_contiguous():
         apply_mask(out.view(-1).view(words).numpy(), mask.view(-1).view(torch.uint8).numpy())
         return out

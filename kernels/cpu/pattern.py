@@ -171,6 +171,11 @@ def panel_rows(rows: int) -> int:
     return max(-(-rows // (panels * ROWS)), 1) * ROWS
 
 
+def block_of(columns: int, blocks: int) -> int:
+    """Columns a block, from how many blocks there are."""
+    return BLOCK if blocks == -(-columns // BLOCK) else WIDE_BLOCK
+
+
 def index_rows(mask: Tensor, density: float) -> tuple[Tensor, Tensor]:
     """(units, columns) of a bool mask of any strides, shape (N, K)."""
     N, K = mask.shape

@@ -1,0 +1,130 @@
+"""The three products on a compressed weight, values of the survivors in row-major order, and its dense form."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .jit import jit, threads
+from .products import SERIAL, correlate, multiply
+from .sparse_pattern import sparse_tensors as sparse_tensors
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sparse_linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int, pattern: list[Tensor]
+) -> Tensor:
+    """See initperf/reference/sparse_linear.py."""
+    units, columns, starts = pattern[:3]
+    return multiply(x, (values.data_ptr(), starts.data_ptr()), rows, bias, units, columns)
+
+
+def sparse_grad_input(dy: Tensor, values: Tensor, bits: Tensor, columns: int, pattern: list[Tensor]) -> Tensor:
+    """See initperf/reference/sparse_linear.py."""
+    units, numbers, places = pattern[3:]
+    return multiply(dy, (values.data_ptr(), places.data_ptr(), 0, 0), columns, None, units, numbers)
+
+
+def sparse_grad_values(dy: Tensor, x: Tensor, bits: Tensor, pattern: list[Tensor]) -> Tensor:
+    """See initperf/reference/sparse_linear.py."""
+    units, columns, starts = pattern[:3]
+    nnz = int(starts[-1])
+    out = torch.empty((nnz, 1), dtype=x.dtype)
+    if not len(dy) or not nnz:
+        return out.zero_()
+    correlate(dy, x, (out.data_ptr(), starts.data_ptr()), units, columns)
+    return out
+
+
+@jit()
+def _bytes_before(bits, first, last):
+    """Set bits of bytes first..last."""
+    count = np.int64(0)
+    for i in range(first, last):
+        count += _ONES[bits[i]]
+    return count
+
+
+_ONES = np.array([bin(b).count("1") for b in range(256)], np.uint8)
+
+
+@jit()
+def _expand(values, bits, dense, first, last, place):
+    """dense[i] = the next value where bit i is set, else 0, for the weights of bytes first..last; `place`: of the first."""
+    for i in range(first, last):
+        byte = bits[i]
+        for b in range(min(8, dense.size - 8 * i)):
+            if (byte >> b) & 1:
+                dense[8 * i + b] = values[place]
+                place += 1
+            else:
+                dense[8 * i + b] = 0
+
+
+@jit()
+def _compress(dense, bits, values, first, last, place):
+    for i in range(first, last):
+        byte = bits[i]
+        for b in range(min(8, dense.size - 8 * i)):
+            values[place] = dense[8 * i + b]
+            place += (byte >> b) & 1
+            if place == values.size:
+                return
+
+
+@jit(parallel=True)
+def _expand_parallel(workers, values, bits, dense):
+    before = np.empty(workers + 1, np.int64)
+    for t in prange(workers):
+        before[t + 1] = _bytes_before(bits, bits.size * t // workers, bits.size * (t + 1) // workers)
+    before[0] = 0
+    for t in range(workers):
+        before[t + 1] += before[t]
+    for t in prange(workers):
+        _expand(values, bits, dense, bits.size * t // workers, bits.size * (t + 1) // workers, before[t])
+
+
+@jit(parallel=True)
+def _compress_parallel(workers, dense, bits, values):
+    before = np.empty(workers + 1, np.int64)
+    for t in prange(workers):
+        before[t + 1] = _bytes_before(bits, bits.size * t // workers, bits.size * (t + 1) // workers)
+    before[0] = 0
+    for t in range(workers):
+        before[t + 1] += before[t]
+    for t in prange(workers):
+        part = values[before[t] : before[t + 1]]
+        if part.size:
+            _compress(dense, bits, part, bits.size * t // workers, bits.size * (t + 1) // workers, 0)
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().view(-1).view(_WORDS[tensor.element_size()]).numpy()
+
+
+def expand(values: Tensor, bits: Tensor, rows: int, columns: int) -> Tensor:
+    """The dense weight (rows, columns) of values (nnz, 1) at the set bits, 0 elsewhere."""
+    dense = torch.empty((rows, columns), dtype=values.dtype)
+    if dense.numel():
+        workers = threads() if dense.numel() >= 1 << 16 else 1
+        _expand_parallel(workers, _flat(values), bits.numpy(), _flat(dense)) if workers > 1 else _expand(
+            _flat(values), bits.numpy(), _flat(dense), 0, bits.numel(), 0
+        )
+    return dense
+
+
+def compress(dense: Tensor, bits: Tensor, nnz: int) -> Tensor:
+    """values (nnz, 1) of a dense weight at the set bits."""
+    values = torch.empty((nnz, 1), dtype=dense.dtype)
+    if nnz:
+        dense = dense.contiguous()
+        workers = threads() if dense.numel() >= 1 << 16 else 1
+        _compress_parallel(workers, _flat(dense), bits.numpy(), _flat(values)) if workers > 1 else _compress(
+            _flat(dense), bits.numpy(), _flat(values), 0, bits.numel(), 0
+        )
+    return values
