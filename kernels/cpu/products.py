@@ -32,6 +32,7 @@ _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 SERIAL = 3 << 20  # multiply-adds under which a second thread costs more than it saves
 TILE = 1 << 20  # bytes of sums (or of dy) that a task keeps in the second-level cache
 BLOCKS = 4  # batch blocks that share one gather of the weights
+SLACK = ROWS * LANES  # slots beyond the last that a unit's values may touch
 COST = {4: 0.31, 2: 0.35, 1: 0.45}  # V -> measured ns a vector: fewer lanes pay more for the broadcast
 
 
@@ -310,7 +311,7 @@ class _Call:
         """Working memory of all workers, 64-byte aligned, and the bytes of each: cursor, X tile, sums or dy, values."""
         blocks, each, _ = self.plan
         rows = each * self.index[2] * ROWS
-        elements = blocks * self.lanes * (self.block + rows) + gathers * rows * self.block
+        elements = blocks * self.lanes * (self.block + rows) + gathers * (rows * self.block + SLACK)
         bytes_each = -(-elements * self.size // 64) * 64 + 64 + -(-8 * rows // 64) * 64
         return torch.empty(self.workers * bytes_each, dtype=torch.uint8), bytes_each
 
@@ -350,7 +351,7 @@ def correlate(dy: Tensor, x: Tensor, target: tuple[int, ...], units: Tensor, col
     call = _Call(units, columns, B, K, x.dtype, split_batch=False)
     scratch, bytes_each = call.scratch(gathers=False)
     slots = columns.numel()
-    sums = torch.empty(slots, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    sums = torch.empty(slots + SLACK, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     shared = (
         *(units.data_ptr(), columns.data_ptr(), slots, call.index),
         *(dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride(), sums.data_ptr(), target),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
 from .jit import jit, threads
-from .products import SERIAL, correlate, multiply
+from .products import correlate, multiply
 from .sparse_pattern import sparse_tensors as sparse_tensors
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -21,13 +19,13 @@ def sparse_linear(
 ) -> Tensor:
     """See initperf/reference/sparse_linear.py."""
     units, columns, starts = pattern[:3]
-    return multiply(x, (values.data_ptr(), starts.data_ptr()), rows, bias, units, columns)
+    return multiply(x, (values.data_ptr(), starts.data_ptr(), values.numel(), 0), rows, bias, units, columns)
 
 
 def sparse_grad_input(dy: Tensor, values: Tensor, bits: Tensor, columns: int, pattern: list[Tensor]) -> Tensor:
     """See initperf/reference/sparse_linear.py."""
     units, numbers, places = pattern[3:]
-    return multiply(dy, (values.data_ptr(), places.data_ptr(), 0, 0), columns, None, units, numbers)
+    return multiply(dy, (values.data_ptr(), places.data_ptr()), columns, None, units, numbers)
 
 
 def sparse_grad_values(dy: Tensor, x: Tensor, bits: Tensor, pattern: list[Tensor]) -> Tensor:
@@ -37,7 +35,7 @@ def sparse_grad_values(dy: Tensor, x: Tensor, bits: Tensor, pattern: list[Tensor
     out = torch.empty((nnz, 1), dtype=x.dtype)
     if not len(dy) or not nnz:
         return out.zero_()
-    correlate(dy, x, (out.data_ptr(), starts.data_ptr()), units, columns)
+    correlate(dy, x, (out.data_ptr(), starts.data_ptr(), nnz, 0), units, columns)
     return out
 
 

@@ -31,12 +31,12 @@ def _vector(element: ir.Type) -> ir.VectorType:
     return ir.VectorType(element, LANES)
 
 
-def _compute(storage: Any) -> Any:
+def compute_type(storage: Any) -> Any:
     """The Numba type that arithmetic runs in."""
     return types.float32 if storage in _HALVES else storage
 
 
-def _element(storage: Any) -> ir.Type:
+def element_type(storage: Any) -> ir.Type:
     return {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}.get(storage, _I16)
 
 
@@ -49,7 +49,7 @@ def _filled(kind: ir.Type, value: int) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
-def _widen(builder: Any, value: Any, storage: Any) -> Any:
+def widen(builder: Any, value: Any, storage: Any) -> Any:
     if storage == types.uint16:
         wide = builder.zext(value, _like(value, _I32))
         return builder.bitcast(builder.shl(wide, _filled(wide.type, 16)), _like(value, ir.FloatType()))
@@ -58,7 +58,7 @@ def _widen(builder: Any, value: Any, storage: Any) -> Any:
     return value
 
 
-def _narrow(builder: Any, value: Any, storage: Any) -> Any:
+def narrow(builder: Any, value: Any, storage: Any) -> Any:
     """One rounding, to nearest even. bfloat16 by integers: LLVM would call a library function, or flush subnormals."""
     if storage == types.int16:
         return builder.bitcast(builder.fptrunc(value, _like(value, ir.HalfType())), _like(value, _I16))
@@ -77,23 +77,23 @@ def _at(builder: Any, base: Any, offset: Any) -> Any:
     return builder.gep(base, [offset if isinstance(offset, ir.Value) else _const(offset)])
 
 
-def _load(builder: Any, base: Any, offset: Any, element: ir.Type, align: int) -> Any:
+def vector_at(builder: Any, base: Any, offset: Any, element: ir.Type, align: int) -> Any:
     value = builder.load(builder.bitcast(_at(builder, base, offset), _vector(element).as_pointer()))
     value.align = align
     return value
 
 
-def _store(builder: Any, value: Any, base: Any, offset: Any, align: int) -> None:
+def store_vector(builder: Any, value: Any, base: Any, offset: Any, align: int) -> None:
     builder.store(value, builder.bitcast(_at(builder, base, offset), value.type.as_pointer())).align = align
 
 
-def _shuffle(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
+def shuffled(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
 
 
 def _splat(builder: Any, scalar: Any) -> Any:
     empty = ir.Constant(_vector(scalar.type), ir.Undefined)
-    return _shuffle(builder, builder.insert_element(empty, scalar, ir.Constant(_I32, 0)), empty, [0] * LANES)
+    return shuffled(builder, builder.insert_element(empty, scalar, ir.Constant(_I32, 0)), empty, [0] * LANES)
 
 
 def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
@@ -109,7 +109,7 @@ def _zip(builder: Any, x: Any, y: Any, group: int, *, high: bool) -> Any:
     lanes = []
     for k in range(0, x.type.count, 2 * group):
         lanes += [k + shift + i for i in range(group)] + [x.type.count + k + shift + i for i in range(group)]
-    return _shuffle(builder, x, y, lanes)
+    return shuffled(builder, x, y, lanes)
 
 
 def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
@@ -135,7 +135,7 @@ def storage_pointer(typingctx: Any, address: Any, kind: Any) -> Any:
 @intrinsic
 def compute_pointer(typingctx: Any, address: Any, kind: Any) -> Any:
     """The same, to the dtype that arithmetic runs in."""
-    result = types.CPointer(_compute(kind.dtype))
+    result = types.CPointer(compute_type(kind.dtype))
     return result(types.int64, kind), lambda ctx, builder, sig, args: builder.inttoptr(
         args[0], ctx.get_value_type(result)
     )
@@ -146,9 +146,9 @@ def load(typingctx: Any, base: Any, offset: Any) -> Any:
     """base[offset], widened."""
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _widen(builder, builder.load(_at(builder, *args)), base.dtype)
+        return widen(builder, builder.load(_at(builder, *args)), base.dtype)
 
-    return _compute(base.dtype)(base, types.int64), codegen
+    return compute_type(base.dtype)(base, types.int64), codegen
 
 
 @intrinsic
@@ -157,10 +157,10 @@ def store(typingctx: Any, base: Any, offset: Any, value: Any) -> Any:
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         pointer, place, number = args
-        builder.store(_narrow(builder, number, base.dtype), _at(builder, pointer, place))
+        builder.store(narrow(builder, number, base.dtype), _at(builder, pointer, place))
         return ctx.get_dummy_value()
 
-    return types.void(base, types.int64, _compute(base.dtype)), codegen
+    return types.void(base, types.int64, compute_type(base.dtype)), codegen
 
 
 @intrinsic
@@ -191,9 +191,9 @@ def stream(typingctx: Any, source: Any, out: Any, offset: Any) -> Any:
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         src, dst, place = args
-        element = _element(source.dtype)
+        element = element_type(source.dtype)
         align = LANES * element_size(element)
-        value = _load(builder, src, place, element, align)
+        value = vector_at(builder, src, place, element, align)
         target = builder.bitcast(_at(builder, dst, place), value.type.as_pointer())
         instruction = builder.store(value, target)
         instruction.align = align
@@ -209,16 +209,16 @@ def transpose_in(typingctx: Any, source: Any, stride: Any, rows: Any, out: Any, 
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         src, step, valid, dst, dst_step = args
-        element = _element(source.dtype)
+        element = element_type(source.dtype)
         lines = []
         for i in range(LANES):
             inside = builder.icmp_signed("<", _const(i), valid)
             row = builder.select(inside, _const(i), _const(0))
-            line = _load(builder, src, builder.mul(row, step), element, element_size(element))
+            line = vector_at(builder, src, builder.mul(row, step), element, element_size(element))
             lines.append(builder.select(inside, line, _zero(line.type)))
-        lines = [_widen(builder, line, source.dtype) for line in lines]
+        lines = [widen(builder, line, source.dtype) for line in lines]
         for j, line in enumerate(_transpose(builder, lines)):
-            _store(builder, line, dst, builder.mul(_const(j), dst_step), 64)
+            store_vector(builder, line, dst, builder.mul(_const(j), dst_step), 64)
         return ctx.get_dummy_value()
 
     return types.void(source, types.int64, types.int64, out, types.int64), codegen
@@ -230,12 +230,12 @@ def transpose_out(typingctx: Any, source: Any, stride: Any, out: Any, out_stride
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         src, step, dst, dst_step, valid = args
-        wide = _element(source.dtype)
-        lines = [_load(builder, src, builder.mul(_const(j), step), wide, 64) for j in range(LANES)]
+        wide = element_type(source.dtype)
+        lines = [vector_at(builder, src, builder.mul(_const(j), step), wide, 64) for j in range(LANES)]
         for i, line in enumerate(_transpose(builder, lines)):
             with builder.if_then(builder.icmp_signed("<", _const(i), valid), likely=True):
-                line = _narrow(builder, line, out.dtype)
-                _store(builder, line, dst, builder.mul(_const(i), dst_step), element_size(line.type.element))
+                line = narrow(builder, line, out.dtype)
+                store_vector(builder, line, dst, builder.mul(_const(i), dst_step), element_size(line.type.element))
         return ctx.get_dummy_value()
 
     return types.void(source, types.int64, out, types.int64, types.int64), codegen
@@ -295,7 +295,7 @@ def multiply_unit(typingctx: Any, width: Any, columns: Any, values: Any, x: Any,
     rows: the four row numbers, 8 bits each. All 4 V sums stay in registers.
     """
     count = len(width)
-    element = _element(x.dtype)
+    element = element_type(x.dtype)
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, cols, vals, x_tile, y_tile, numbers, n = args
@@ -307,7 +307,7 @@ def multiply_unit(typingctx: Any, width: Any, columns: Any, values: Any, x: Any,
             for r, xs in enumerate(_columns(builder, cols, j, x_tile, count)):
                 value = _splat(builder, builder.load(_at(builder, vals, builder.add(base, _const(r)))))
                 for v in range(count):
-                    lanes = _load(builder, xs, v * LANES, element, 64)
+                    lanes = vector_at(builder, xs, v * LANES, element, 64)
                     new.append(_fma(builder, value, lanes, sums[r * count + v]))
             return new
 
@@ -327,7 +327,7 @@ def multiply_unit(typingctx: Any, width: Any, columns: Any, values: Any, x: Any,
             loop.carried
         ):  # a block's sum is made alone, and then added: as exact as dense blocking
             line, place = lines[i // count], i % count * LANES
-            _store(builder, builder.fadd(_load(builder, line, place, element, 64), total), line, place, 64)
+            store_vector(builder, builder.fadd(vector_at(builder, line, place, element, 64), total), line, place, 64)
         return ctx.get_dummy_value()
 
     return types.void(width, columns, values, x, y, types.uint32, types.int64), codegen
@@ -337,19 +337,19 @@ def multiply_unit(typingctx: Any, width: Any, columns: Any, values: Any, x: Any,
 def correlate_unit(typingctx: Any, width: Any, columns: Any, sums: Any, x: Any, y: Any, rows: Any, steps: Any) -> Any:
     """sums[4 j + r] += sum over lanes of y[row r] * x[column 4 j + r], for j < steps, r = 0..3. Shapes as in multiply_unit."""
     count = len(width)
-    element = _element(x.dtype)
+    element = element_type(x.dtype)
     four = ir.VectorType(element, ROWS)
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, cols, out, x_tile, y_tile, numbers, n = args
         lines = [
-            [_load(builder, line, v * LANES, element, 64) for v in range(count)]
+            [vector_at(builder, line, v * LANES, element, 64) for v in range(count)]
             for line in _rows(builder, y_tile, numbers, count)
         ]
         loop = _Loop(builder, n, [])
         products = []
         for line, xs in zip(lines, _columns(builder, cols, loop.j, x_tile, count), strict=True):
-            lanes = [_load(builder, xs, v * LANES, element, 64) for v in range(count)]
+            lanes = [vector_at(builder, xs, v * LANES, element, 64) for v in range(count)]
             total = builder.fmul(line[0], lanes[0])
             for v in range(1, count):
                 total = _fma(builder, line[v], lanes[v], total)
@@ -386,5 +386,5 @@ def _fold(builder: Any, x: Any) -> Any:
     half = x.type.count // 2
     empty = ir.Constant(x.type, ir.Undefined)
     return builder.fadd(
-        _shuffle(builder, x, empty, list(range(half))), _shuffle(builder, x, empty, list(range(half, 2 * half)))
+        shuffled(builder, x, empty, list(range(half))), shuffled(builder, x, empty, list(range(half, 2 * half)))
     )

@@ -2,8 +2,8 @@
 
 A source is a tuple of integers, and its length says which it is, when the product is compiled:
   dense       (address, stride of rows, stride of columns)
-  compressed  (address of the values, address of starts): row-major survivors, those of row n from starts[n] (int64) on
-  placed      (address of the values, address of places, 0, 0): slot s has the value at places[s] (int32), none if -1
+  compressed  (address of the values, address of starts, nnz, 0): row-major survivors, row n's from starts[n] (int64) on
+  placed      (address of the values, address of places): slot s has the value at places[s] (int32), none if -1
 A target is dense, (address, rows, columns), or compressed. Rows of a compressed one are read through `cursor`: for each
 row of a task the place of its next survivor, since column blocks come in order.
 """
@@ -16,32 +16,58 @@ import numpy as np
 from numba.extending import overload
 
 from .jit import jit
+from .runs_ir import interleave, separate
 from .spmm_ir import LANES, ROWS, load, shifted, storage_pointer, store
 from .tiles import ZERO, gather, prefetch_lines, scatter
 
 CACHED = 4 << 20  # weights above which they, or their gradient, are not found in a cache again
 PLACES, STARTS = np.zeros(1, np.int32), np.zeros(1, np.int64)
-DENSE, COMPRESSED = 3, 2  # lengths of the tuples
+DENSE, COMPRESSED = 3, 4  # lengths of the tuples
+
+
+@jit()
+def _unit(record, cursor, storage):
+    """(steps, counts, pointers to the next values) of the four rows of a unit; the cursor moves on."""
+    numbers, low, high = np.uint32(record[0]), np.uint32(record[1]), np.uint32(record[2])
+    a, b = np.int64(numbers & np.uint32(255)), np.int64((numbers >> np.uint32(8)) & np.uint32(255))
+    c, d = np.int64((numbers >> np.uint32(16)) & np.uint32(255)), np.int64(numbers >> np.uint32(24))
+    counts = (
+        np.int64(low & np.uint32(0xFFFF)),
+        np.int64(low >> np.uint32(16)),
+        np.int64(high & np.uint32(0xFFFF)),
+        np.int64(high >> np.uint32(16)),
+    )
+    lines = (
+        shifted(storage, cursor[a]),
+        shifted(storage, cursor[b]),
+        shifted(storage, cursor[c]),
+        shifted(storage, cursor[d]),
+    )
+    cursor[a] += counts[0]
+    cursor[b] += counts[1]
+    cursor[c] += counts[2]
+    cursor[d] += counts[3]
+    return counts[3], counts, lines
+
+
+@jit()
+def _onwards(lines, counts, j):
+    """The four rows from their value j on."""
+    return (
+        (shifted(lines[0], j), shifted(lines[1], j), shifted(lines[2], j), shifted(lines[3], j)),
+        (counts[0] - j, counts[1] - j, counts[2] - j, counts[3] - j),
+    )
 
 
 @jit()
 def _gather_rows(records, count, values, cursor, out):
-    """out[slot] = the next values of the units' rows, padding 0. Returns the number of slots."""
+    """out[slot] = the next values of the units' rows, padding 0. Returns the number of slots; writes up to 63 more."""
     place = np.int64(0)
     for u in range(count):
-        record = shifted(records, u * 4)
-        numbers = np.uint32(record[0])
-        steps = np.int64(np.uint32(record[2]) >> np.uint32(16))
-        for r in range(ROWS):
-            row = np.int64((numbers >> np.uint32(8 * r)) & np.uint32(255))
-            survivors = np.int64((np.uint32(record[1 + r // 2]) >> np.uint32(16 * (r % 2))) & np.uint32(0xFFFF))
-            start = cursor[row]
-            line, target = shifted(values, start), shifted(out, place + r)
-            for j in range(survivors):
-                store(target, ROWS * j, load(line, j))
-            for j in range(survivors, steps):
-                store(target, ROWS * j, ZERO)
-            cursor[row] = start + survivors
+        steps, counts, lines = _unit(shifted(records, u * 4), cursor, values)
+        for j in range(0, steps, LANES):
+            rows, left = _onwards(lines, counts, j)
+            interleave(rows, left, shifted(out, place + ROWS * j))
         place += ROWS * steps
     return place
 
@@ -62,20 +88,14 @@ def _gather_places(records, count, values, places, out):
 
 @jit()
 def _scatter_rows(records, count, sums, cursor, out):
-    """The units' sums to the next places of their rows."""
+    """The units' sums to the next places of their rows; reads up to 63 slots more."""
     place = np.int64(0)
     for u in range(count):
-        record = shifted(records, u * 4)
-        numbers = np.uint32(record[0])
-        for r in range(ROWS):
-            row = np.int64((numbers >> np.uint32(8 * r)) & np.uint32(255))
-            survivors = np.int64((np.uint32(record[1 + r // 2]) >> np.uint32(16 * (r % 2))) & np.uint32(0xFFFF))
-            start = cursor[row]
-            line, source = shifted(out, start), shifted(sums, place + r)
-            for j in range(survivors):
-                store(line, j, load(source, ROWS * j))
-            cursor[row] = start + survivors
-        place += ROWS * np.int64(np.uint32(record[2]) >> np.uint32(16))
+        steps, counts, lines = _unit(shifted(records, u * 4), cursor, out)
+        for j in range(0, steps, LANES):
+            rows, left = _onwards(lines, counts, j)
+            separate(shifted(sums, place + ROWS * j), rows, left)
+        place += ROWS * steps
 
 
 def begin_rows(storage: Any, row: Any, rows: Any, cursor: Any) -> Any:
