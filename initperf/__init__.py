@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from initperf import init, prune
     from initperf.checks import InitPerfError
+    from initperf.explain import describe, describe_file
     from initperf.masked import MaskedLinear, check_masks, densify, mask_optimizer_, sparsify
     from initperf.model_init import initialize
     from initperf.monitor import VarianceMonitor
@@ -26,6 +27,8 @@ __all__ = [
     "VarianceMonitor",
     "check_masks",
     "densify",
+    "describe",
+    "describe_file",
     "fast_init",
     "init",
     "initialize",
@@ -42,6 +45,8 @@ _HOMES = {
     "VarianceMonitor": "monitor",
     "check_masks": "masked",
     "densify": "masked",
+    "describe": "explain",
+    "describe_file": "explain",
     "fast_init": "redirect",
     "initialize": "model_init",
     "mask_optimizer_": "masked",
