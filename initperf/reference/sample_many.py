@@ -39,7 +39,9 @@ def sample_many_(
         if mask is None:
             kept.append(sample_(out, *distribution, seed, stream))
         elif mask.dtype == torch.bool:
-            kept.append(sample_(out, *distribution, seed, stream).masked_fill_(~mask.view(out.shape), 0)[mask.view(out.shape)])
+            kept.append(
+                sample_(out, *distribution, seed, stream).masked_fill_(~mask.view(out.shape), 0)[mask.view(out.shape)]
+            )
         else:
             dense = torch.empty(_BITS * mask.numel(), dtype=out.dtype, device=out.device)
             kept.append(out.copy_(sample_(dense, *distribution, seed, stream)[unpacked(mask)].view(out.shape)))

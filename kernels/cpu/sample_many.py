@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, float64, int64, prange, uint16, uint32, uint64
+from numba import int64, prange, uint64
 from torch import Tensor
 
 from ..contract import NORMAL, TILE, UNIFORM
 from .jit import jit, threads
-from .sample import _CODES, _FLOAT16, _FLOAT32, _FLOAT64, _constants, _pieces, sample_
-from .vector import bits_float, full_vectors, half_float, pointer
+from .lanes import LANES, ROWS, lane_sums
+from .sample import _CODES, _constants, _pieces, sample_
+from .sample_blocks import MEAN, RUNNING, SQUARES, N, bits_set, fill, measure, pick, prune, words_of
 
 _TILES = 8  # tiles of a block: 32 KiB of float32, within the first-level cache
 _SPAN = _TILES * TILE
-_LANES = 32  # running sums of a block
 _CONSTANT = -1  # a kind of this file: every value has the bits that stand in PARAMS
 # What a block of each costs, as a constant one does; measured. _SERIAL: costs below which threads cost more than they save.
 _COST = {_CONSTANT: 1, UNIFORM: 3, NORMAL: 5}
@@ -33,162 +33,6 @@ _SERIAL = 8 * 5
 
 _COLUMNS = 11
 ADDRESS, CODE, COUNT, KIND, PARAMS, STREAM, MASK, BITS, COST, FIRST_BLOCK, FIRST_COST = range(_COLUMNS)
-N, MEAN, SQUARES = range(3)  # of a block's record: values, their mean, the sum of (value - mean)^2
-
-Mask = Tensor | None
-
-
-@jit()
-def _filled(address: Any, size: Any, first: Any, last: Any, bits: Any) -> None:
-    full_vectors()
-    if size == 2:
-        half = carray(pointer(address, np.uint16), last)[first:]
-        half[:] = uint16(bits)
-    elif size == 4:
-        single = carray(pointer(address, np.uint32), last)[first:]
-        single[:] = uint32(bits)
-    else:
-        double = carray(pointer(address, np.uint64), last)[first:]
-        double[:] = uint64(bits)
-
-
-@jit()
-def _zeroed(values: Any, mask: Any) -> None:
-    """0 where the mask is; both of one length."""
-    full_vectors()
-    zero = values.dtype.type(0)
-    for i in range(values.size):
-        values[i] = values[i] if mask[i] != 0 else zero
-
-
-@jit()
-def _prune(address: Any, size: Any, first: Any, last: Any, mask: Any) -> None:
-    alive = carray(pointer(mask, np.uint8), last)[first:]
-    if size == 2:
-        _zeroed(carray(pointer(address, np.uint16), last)[first:], alive)
-    elif size == 4:
-        _zeroed(carray(pointer(address, np.uint32), last)[first:], alive)
-    else:
-        _zeroed(carray(pointer(address, np.uint64), last)[first:], alive)
-
-
-@jit()
-def _survivors(values: Any, bits: Any, out: Any) -> int:
-    """values[i] of every set bit i, in order; returns how many. Moved within `values` first: `out` has no room to spare."""
-    count = 0
-    for byte in range(bits.size):
-        word = bits[byte]
-        if word:
-            for k in range(8):
-                values[count] = values[8 * byte + k]
-                count += (word >> k) & 1
-    for i in range(count):
-        out[i] = values[i]
-    return count
-
-
-@jit()
-def _pick(scratch: Any, address: Any, size: Any, at: Any, bits: Any) -> int:
-    if size == 2:
-        out = carray(pointer(address, np.uint16), at + _SPAN)[at:]
-        return _survivors(scratch.view(np.uint16), bits, out)
-    if size == 4:
-        return _survivors(scratch.view(np.uint32), bits, carray(pointer(address, np.uint32), at + _SPAN)[at:])
-    return _survivors(scratch, bits, carray(pointer(address, np.uint64), at + _SPAN)[at:])
-
-
-@jit(inline="always")
-def _bits_set(bits: Any) -> int:
-    count = 0
-    for byte in bits:
-        word = byte - ((byte >> 1) & 0x55)
-        word = (word & 0x33) + ((word >> 2) & 0x33)
-        count += (word + (word >> 4)) & 0x0F
-    return count
-
-
-@jit()
-def _widened(address: Any, code: Any, first: Any, last: Any, out: Any) -> None:
-    """Values first to last - 1 as float64."""
-    full_vectors()
-    n = last - first
-    if code == _FLOAT32:
-        single = carray(pointer(address, np.float32), last)[first:]
-        for i in range(n):
-            out[i] = float64(single[i])
-    elif code == _FLOAT64:
-        double = carray(pointer(address, np.float64), last)[first:]
-        for i in range(n):
-            out[i] = double[i]
-    elif code == _FLOAT16:
-        half = carray(pointer(address, np.uint16), last)[first:]
-        for i in range(n):
-            out[i] = float64(half_float(half[i]))
-    else:
-        brain = carray(pointer(address, np.uint16), last)[first:]
-        for i in range(n):
-            out[i] = float64(bits_float(uint32(brain[i]) << uint32(16)))
-
-
-@jit()
-def _sums(values: Any, mask: Any, masked: Any, origin: Any, sums: Any) -> None:
-    """sums[0], sums[1] += sum of (value - origin), of its square, in LANES running sums folded in a fixed tree."""
-    full_vectors()
-    sums[:] = 0.0
-    n = values.size
-    whole = n // _LANES * _LANES
-    for start in range(0, whole, _LANES):
-        for j in range(_LANES):
-            d = values[start + j] - origin
-            if masked:
-                d = d if mask[start + j] != 0 else 0.0
-            sums[0, j] += d
-            sums[1, j] += d * d
-    for i in range(whole, n):
-        d = values[i] - origin if not masked or mask[i] != 0 else 0.0
-        sums[0, i - whole] += d
-        sums[1, i - whole] += d * d
-    half = _LANES // 2
-    while half:
-        for j in range(half):
-            sums[0, j] += sums[0, j + half]
-            sums[1, j] += sums[1, j + half]
-        half //= 2
-
-
-@jit()
-def _measure(address: Any, code: Any, first: Any, last: Any, mask: Any, values: Any, sums: Any, record: Any) -> None:
-    """The record of the finite values first to last - 1 that survive; mask: an address, or 0."""
-    n = last - first
-    if n == 0:
-        record[:] = 0.0
-        return
-    values = values[:n]
-    _widened(address, code, first, last, values)
-    alive = carray(pointer(mask, np.uint8), last)[first:]
-    origin, count = 0.0, 0
-    if mask:
-        for i in range(n):
-            count += alive[i] != 0
-        for i in range(n):
-            if alive[i] != 0 and math.isfinite(values[i]):
-                origin = values[i]
-                break
-    else:
-        count, origin = n, values[0] if math.isfinite(values[0]) else 0.0
-    _sums(values, alive, mask != 0, origin, sums)
-    first_sum, second_sum = sums[0, 0], sums[1, 0]
-    if not math.isfinite(second_sum):  # float16 overflows: what is not finite counts for nothing
-        first_sum, second_sum, count = 0.0, 0.0, 0
-        for i in range(n):
-            if (mask == 0 or alive[i] != 0) and math.isfinite(values[i]):
-                d = values[i] - origin
-                first_sum += d
-                second_sum += d * d
-                count += 1
-    share = first_sum / count if count else 0.0
-    record[N], record[MEAN] = count, origin + share
-    record[SQUARES] = max(second_sum - first_sum * share, 0.0)
 
 
 @jit(inline="always")
@@ -212,11 +56,11 @@ def _block_at(plan: Any, cost: Any) -> int:
 
 
 @jit()
-def _share(plan: Any, sizes: Any, k0: Any, k1: Any, begin: Any, end: Any, starts: Any, records: Any) -> None:
+def _share(read: Any, plan: Any, sizes: Any, k0: Any, k1: Any, begin: Any, end: Any, starts: Any, records: Any) -> None:
     """Blocks begin to end - 1 of the list."""
     scratch = np.empty(_SPAN + 8, np.uint64)
     scratch = scratch[(64 - scratch.ctypes.data % 64) % 64 // 8 :][:_SPAN]
-    wide, sums = np.empty(_SPAN if len(records) else 1), np.empty((2, _LANES))
+    work = np.empty((ROWS, LANES)), np.empty((2, RUNNING)), np.empty(_SPAN if len(records) else 1)
     t = _row_of(plan, FIRST_BLOCK, begin)
     block = begin
     while block < end:
@@ -232,29 +76,29 @@ def _share(plan: Any, sizes: Any, k0: Any, k1: Any, begin: Any, end: Any, starts
             blocks = min(end, plan[t + 1, FIRST_BLOCK]) - block
         first, last = here * _SPAN, min((here + blocks) * _SPAN, n)
         if s[BITS]:
-            bits = carray(pointer(s[BITS], np.uint8), last // 8)[first // 8 :]
-            first, last = starts[block], starts[block] + _bits_set(bits)
+            words = words_of(s[BITS], first, last)
+            first, last = starts[block], starts[block] + bits_set(words)
             if last == first:
                 pass
             elif kind == _CONSTANT:
-                _filled(address, size, first, last, params)
+                fill(address, size, first, last, params)
             else:
                 start = here * _SPAN
                 _pieces(
                     here * _TILES, (min(start + _SPAN, n) + TILE - 1) // TILE, scratch.ctypes.data - start * size, code,
                     n, kind, params, key, int64(0), n, int64(0),
                 )  # fmt: skip
-                _pick(scratch, address, size, first, bits)
+                pick(scratch, address, size, first, last, words)
         elif kind == _CONSTANT:
-            _filled(address, size, first, last, params)
+            fill(address, size, first, last, params)
         else:
             _pieces(
                 here * _TILES, (last + TILE - 1) // TILE, address, code, n, kind, params, key, int64(0), n, int64(0)
             )
         if s[MASK]:
-            _prune(address, size, first, last, s[MASK])
+            prune(address, size, first, last, s[MASK])
         if len(records):
-            _measure(address, code, first, last, s[MASK], wide, sums, records[block])
+            measure(read, address, code, size, first, last, s[MASK], work, records[block])
         block += blocks
 
 
@@ -292,28 +136,30 @@ def _counted(plan: Any, starts: Any) -> None:
     for t in range(len(plan) - 1):
         s = plan[t]
         if s[BITS]:
-            bits, total = carray(pointer(s[BITS], np.uint8), s[COUNT] // 8), 0
+            total = 0
             for b in range(plan[t + 1, FIRST_BLOCK] - s[FIRST_BLOCK]):
                 starts[s[FIRST_BLOCK] + b] = total
-                total += _bits_set(bits[b * (_SPAN // 8) : (b + 1) * (_SPAN // 8)])
+                total += bits_set(words_of(s[BITS], b * _SPAN, min((b + 1) * _SPAN, s[COUNT])))
 
 
 @jit()
-def _serial(plan: Any, sizes: Any, k0: Any, k1: Any, starts: Any, records: Any, result: Any) -> None:
+def _serial(read: Any, plan: Any, sizes: Any, k0: Any, k1: Any, starts: Any, records: Any, result: Any) -> None:
     _counted(plan, starts)
-    _share(plan, sizes, k0, k1, int64(0), plan[-1, FIRST_BLOCK], starts, records)
+    _share(read, plan, sizes, k0, k1, int64(0), plan[-1, FIRST_BLOCK], starts, records)
     if len(records):
         _combined(plan, records, result)
 
 
 @jit(parallel=True)
-def _parallel(plan: Any, sizes: Any, k0: Any, k1: Any, chunks: Any, starts: Any, records: Any, result: Any) -> None:
+def _parallel(
+    read: Any, plan: Any, sizes: Any, k0: Any, k1: Any, chunks: Any, starts: Any, records: Any, result: Any
+) -> None:
     _counted(plan, starts)
     total = plan[-1, FIRST_COST]
     for c in prange(chunks):
         begin = _block_at(plan, total * c // chunks)
         end = plan[-1, FIRST_BLOCK] if c + 1 == chunks else _block_at(plan, total * (c + 1) // chunks)
-        _share(plan, sizes, k0, k1, begin, end, starts, records)
+        _share(read, plan, sizes, k0, k1, begin, end, starts, records)
     if len(records):
         _combined(plan, records, result)
 
@@ -330,7 +176,13 @@ def _formula(kind: int, params: tuple[float, ...], dtype: torch.dtype) -> tuple[
 
 
 _SIZES = np.array([dtype.itemsize for dtype in _CODES])
-_NOTHING = np.empty((0, 3))
+
+
+def _in_words(bits: Tensor) -> Tensor:
+    """The bytes as whole, aligned words."""
+    if bits.numel() % 8 or bits.data_ptr() % 8:
+        bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8))
+    return bits
 
 
 def sample_many_(
@@ -338,7 +190,7 @@ def sample_many_(
     distributions: Sequence[tuple[int, tuple[float, ...]]],
     streams: Sequence[int],
     seed: int,
-    masks: Sequence[Mask] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
     moments: bool = False,
 ) -> Tensor | None:
     """See initperf.reference.sample_many.sample_many_."""
@@ -349,12 +201,13 @@ def sample_many_(
         mask = masks[i] if masks is not None else None
         count, where, bits = out.numel(), 0, 0
         if mask is not None and mask.dtype == torch.uint8:
+            mask = _in_words(mask)
             count, bits = 8 * mask.numel(), mask.data_ptr()
         elif mask is not None:
             where = mask.data_ptr()
         signed = stream - (stream >> 63 << 64)
         rows.append((out.data_ptr(), _CODES[out.dtype], count, kind, address, signed, where, bits, cost))
-        alive.append(constants)
+        alive.append((constants, mask))
     if rows:
         plan[:-1, :FIRST_BLOCK] = rows
     _planned(plan)
@@ -365,7 +218,7 @@ def sample_many_(
     words = seed & 0xFFFFFFFF, seed >> 32
     count = threads() if plan[-1, FIRST_COST] > _SERIAL else 1
     if count > 1:
-        _parallel(plan, _SIZES, *words, 8 * count, starts, records, result.numpy())
+        _parallel(lane_sums.address, plan, _SIZES, *words, 8 * count, starts, records, result.numpy())
     else:
-        _serial(plan, _SIZES, *words, starts, records, result.numpy())
+        _serial(lane_sums.address, plan, _SIZES, *words, starts, records, result.numpy())
     return result if moments else None

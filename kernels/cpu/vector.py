@@ -100,3 +100,21 @@ def half_float(typingctx: Any, x: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def population(typingctx: Any, word: Any) -> Any:
+    """How many bits of a uint64 are set."""
+    sig = types.uint64(types.uint64)
+    return sig, lambda ctx, b, sig, args: _llvm_call(b, "llvm.ctpop.i64", ir.IntType(64), args)
+
+
+@intrinsic
+def trailing_zeros(typingctx: Any, word: Any) -> Any:
+    """The place of the lowest bit that is set in a uint64 other than 0."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        never_zero = ir.Constant(ir.IntType(1), 1)
+        return _llvm_call(builder, "llvm.cttz.i64", ir.IntType(64), [args[0], never_zero])
+
+    return types.uint64(types.uint64), codegen
