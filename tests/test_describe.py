@@ -10,8 +10,8 @@ from scipy import stats as scipy_stats
 from torch import nn
 from torch.nn import init as torch_init
 
-from initperf.candidates import distance
 from initperf.checks import InitPerfError
+from initperf.fit import distance
 from initperf.init import Init, describe, describe_file, initialize
 
 SCHEMES = {

@@ -1,0 +1,60 @@
+"""What `expect` of describe means for each tensor, and whether the tensor agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from initperf import schemes
+from initperf.checks import check
+from initperf.fit import facts_of, rejected, without_zeros
+from initperf.init_plan import plan
+from initperf.schemes import Init, Place
+from initperf.stats import moments
+
+if TYPE_CHECKING:
+    from initperf.explain import Finding
+
+
+def expected(model: Any, tensors: Mapping[str, Tensor], expect: Mapping[str, str | Init]) -> dict[str, Init]:
+    """The distribution that `expect` means for each tensor that it names."""
+    if isinstance(model, nn.Module):
+        tasks = plan(model, "keep", expect)
+        return {t.name: t.init for t in tasks if t.init is not None}
+    wanted = {}
+    for name, tensor in tensors.items():
+        chosen = [e for pattern, e in expect.items() if fnmatchcase(name, pattern)]
+        if not chosen:
+            continue
+        if isinstance(chosen[-1], Init):
+            wanted[name] = chosen[-1].check(name)
+            continue
+        check(chosen[-1] in schemes.NAMES, f"expect to be one of {', '.join(schemes.NAMES)} or an Init", chosen[-1])
+        path, _, leaf = name.rpartition(".")
+        place = Place(name, tensor, nn.Module(), path, leaf, frozenset())
+        init = schemes.named(chosen[-1], place, None)
+        if init is None and tensor.dim() == 1:
+            init = schemes.constant(1)
+        if init is not None:
+            wanted[name] = init
+    return wanted
+
+
+def disagreement(finding: Finding, tensor: Tensor, init: Init) -> str | None:
+    """Why the tensor is not `init`, in words; None if it can be."""
+    if init.function == "constant":
+        same = finding.low == finding.high == float(torch.tensor(init.args[0], dtype=tensor.dtype))
+        return None if same else f"expected {init}. Found {finding.scheme}, std {finding.std:.4g}"
+    if init.function == "orthogonal":
+        return None if finding.scheme.startswith("orthogonal") else f"expected {init}. Found {finding.scheme}"
+    if finding.low == finding.high:
+        return (
+            None if finding.std == init.moments(finding.shape)[1] == 0 else f"expected {init}. Found {finding.scheme}"
+        )
+    dense, _ = without_zeros(tensor, finding.zeros)
+    reason = rejected(init, facts_of(dense, moments(dense), tensor.dtype))
+    return f"expected {init}: {reason}. Found {finding.scheme}" if reason else None
