@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from initperf import rng, schemes
 from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
-from initperf.sampling import is_plain, is_sharded
+from initperf.reference.sample_many import unpacked
+from initperf.sampling import check_bits, is_plain, is_sharded
 from initperf.schemes import Init, Place
 
 Choice = str | Init | rng.Distribution | float | None
@@ -22,21 +26,37 @@ _CHOICES = f"one of {', '.join(schemes.NAMES)}, an Init, a Distribution, a numbe
 
 @dataclass
 class Task:
-    """One parameter and what it will get: a distribution, its present values (keep), or its module's own reset (reset)."""
+    """One parameter and what it will get: a distribution, its present values (keep), or its module's own reset (reset).
+
+    memory: the parameter as its module holds it. A compressed weight holds survivors only, `bits` says which; its
+    place's parameter is a meta tensor of the dense shape, so that fans and bounds are those of the dense layer.
+    """
 
     place: Place
     shape: tuple[int, ...]
+    memory: Tensor
+    bits: Tensor | None = None
     init: Init | None = None
     distribution: rng.Distribution | None = None
     keep: bool = False
     reset: tuple[str, nn.Module, str] | None = None
     ruled: bool = False
     mask: Tensor | None = None
+    given: bool = False
     text: str = ""
 
     @property
     def name(self) -> str:
         return self.place.name
+
+    @cached_property
+    def stream(self) -> int:
+        return rng.stream_of(self.name)
+
+    def unpacked_bits(self) -> Tensor:
+        """The mask of a compressed weight, bool, in the dense shape."""
+        assert self.bits is not None
+        return unpacked(self.bits)[: math.prod(self.shape)].view(self.shape)
 
 
 def plan(model: nn.Module, scheme: Scheme, rules: Mapping[str, Scheme]) -> list[Task]:
@@ -53,7 +73,8 @@ def plan(model: nn.Module, scheme: Scheme, rules: Mapping[str, Scheme]) -> list[
         if isinstance(parameter, UninitializedParameter):
             fail(f"{full} to have a shape: run a forward pass of the lazy module first", "an uninitialized parameter")
         path, leaf = _owner(full)
-        tasks[id(parameter)] = Task(Place(name, parameter, modules[path], path, leaf, residual), tuple(parameter.shape))
+        task = Task(Place(name, parameter, modules[path], path, leaf, residual), tuple(parameter.shape), parameter)
+        tasks[id(parameter)] = task if not full.endswith("weight_values") else _compressed(task)
     for pattern in rules:
         check(any(fnmatchcase(n, pattern) for n in names), f"rules to match a parameter of {_some(names)}", pattern)
 
@@ -72,6 +93,19 @@ def _owner(full: str) -> tuple[str, str]:
         path, _, leaf = path.rpartition(".")
         path = path.rpartition("parametrizations")[0].rstrip(".")
     return path, rng.canonical_name(leaf)
+
+
+def _compressed(task: Task) -> Task:
+    """The task of a `weight_values` parameter, if its module has the buffer `weight_mask_bits` beside it."""
+    module: Any = task.place.module
+    bits = module._buffers.get("weight_mask_bits")
+    if bits is None or not isinstance(getattr(module, "weight_shape", None), (tuple, list)):
+        return task
+    task.bits, task.shape = bits, tuple(module.weight_shape)
+    if not bits.is_meta:
+        check_bits(bits, task.shape, task.memory.numel(), f"weight_mask_bits of {task.name}")
+    task.place = task.place._replace(parameter=torch.empty(task.shape, dtype=task.memory.dtype, device="meta"))
+    return task
 
 
 def _some(names: Mapping[str, str]) -> str:
@@ -106,13 +140,15 @@ def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str
     if isinstance(choice, str) and choice not in schemes.NAMES:
         fail(f"the scheme of {task.name} to be {_CHOICES}", repr(choice))
     if choice == "keep":
-        check(not place.parameter.is_meta, f"values to keep in {task.name}", "a parameter on the meta device")
+        check(not task.memory.is_meta, f"values to keep in {task.name}", "a parameter on the meta device")
         task.keep, task.text = True, "kept"
         return
     check_float_tensor(place.parameter, task.name)
     with torch._C.DisableTorchFunction():  # torch.device as a context keeps no parameter from being plain
-        if not (is_plain(place.parameter) or place.parameter.is_meta or is_sharded(place.parameter)):
-            fail(f"{task.name} to be a plain tensor, or scheme 'keep'", type(place.parameter).__name__)
+        if not (is_plain(task.memory) or task.memory.is_meta or is_sharded(task.memory)):
+            fail(f"{task.name} to be a plain tensor, or scheme 'keep'", type(task.memory).__name__)
+        if task.bits is not None and is_sharded(task.memory):
+            fail(f"{task.name}, a compressed weight, to be whole, or scheme 'keep'", type(task.memory).__name__)
     if isinstance(choice, rng.Distribution):
         task.distribution, task.text = choice, f"kind {choice.kind} {choice.params}"
         return
@@ -142,20 +178,25 @@ def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str
 
 def attach_masks(tasks: list[Task], masks: Mapping[str, Tensor], rescale: str | None) -> None:
     """Each task's mask: the one given, else its layer's own `<name>_mask`. Checks what `rescale` needs."""
-    given = {rng.canonical_name(name): mask for name, mask in masks.items()}
     known = {t.name: t for t in tasks}
-    for name, mask in given.items():
+    names = [rng.canonical_name(name) for name in masks]
+    for name, mask in zip(names, masks.values(), strict=True):
         check(name in known, f"masks of parameters of the model ({_some(dict.fromkeys(known, ''))})", name)
+        check(names.count(name) == 1, f"one mask for {name}", names.count(name))
         check_mask(mask, known[name].shape, f"masks[{name!r}]")
+        check(known[name].bits is None, f"no mask for {name}, a compressed weight, which has its own", "one")
+        known[name].mask, known[name].given = mask, True
     for task in tasks:
-        layers = getattr(task.place.module, f"{task.place.leaf}_mask", None)
-        if task.name in given:
-            task.mask = given[task.name].to(task.place.parameter.device)
-        elif isinstance(layers, Tensor) and tuple(layers.shape) == task.shape and not layers.is_meta:
-            task.mask = layers != 0
-        if task.mask is None or task.keep or rescale is None:
+        own = None if task.bits is not None else getattr(task.place.module, f"{task.place.leaf}_mask", None)
+        if not task.given and isinstance(own, Tensor) and tuple(own.shape) == task.shape and not own.is_meta:
+            task.mask = own if own.dtype == torch.bool else own != 0
+        if (task.mask is None and task.bits is None) or task.keep or rescale is None:
             continue
-        if rescale != "layer" and is_sharded(task.place.parameter):
+        if rescale != "layer" and is_sharded(task.memory):
             fail(f'rescale="layer" for {task.name}, which is sharded', repr(rescale))
+        if rescale == "measured" and task.bits is not None:
+            fail(f'rescale="layer", "unit" or "squares" for {task.name}, a compressed weight', repr(rescale))
         if rescale == "layer" and task.init is None:
             fail(f'a distribution of {task.name} for rescale="layer" (a scheme or an Init)', task.text)
+        if task.bits is not None and task.distribution is None and task.memory.numel():
+            fail(f"a distribution of {task.name} for rescale={rescale!r}", task.text)

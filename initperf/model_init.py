@@ -17,10 +17,10 @@ from initperf.checks import (
     check_seed,
     fail,
 )
+from initperf.filling import Figures, fill, local
 from initperf.init_plan import Scheme, Task, attach_masks, plan
 from initperf.materialize import check_buffers, materialize
-from initperf.rescale import MODES, check_layers, measured, reached, rescale_factor
-from initperf.sampling import is_sharded, write, write_orthogonal, write_shard
+from initperf.rescale import MODES, check_layers, measured, reached
 from initperf.schemes import Init
 from initperf.stats import moments
 
@@ -99,7 +99,7 @@ def initialize(
         fail(f"rescale to be one of {', '.join(MODES)} or None", rescale)
     attach_masks(tasks, masks or {}, rescale)
     check((rescale == "measured") == (sample is not None), 'sample exactly with rescale="measured"', f"{rescale=}")
-    on_meta = any(t.place.parameter.is_meta for t in tasks)
+    on_meta = any(t.memory.is_meta for t in tasks)
     check(on_meta or device is None, "device only for a model on the meta device", device)
     check_buffers(model)
     layers = {t.place.module: t.mask for t in tasks if t.mask is not None} if rescale == "measured" else {}
@@ -114,135 +114,86 @@ def initialize(
     if on_meta:
         moved = materialize(model, device or "cpu")
         for task in tasks:
-            task.place = task.place._replace(parameter=moved[id(task.place.parameter)])
+            task.memory = moved[id(task.memory)]
+            if task.bits is None:
+                task.place = task.place._replace(parameter=task.memory)
+    exact: set[str] = set()
+    figures: Figures = {}
     with torch.no_grad():
-        exact = _execute(model, tasks, seed, rescale)
+        _execute(model, tasks, seed, rescale, stats, exact, figures)
         if layers:
             measured(model, sample, layers)
-        figures = _measure(tasks) if stats else [None] * len(tasks)
+        if stats:
+            _measure([t for t in tasks if t.name not in figures], figures)
     records = [
-        Record(t.name, t.shape, t.text, rng.stream_of(t.name), t.init, t.init.moments(t.shape) if t.init else None, f)
-        for t, f in zip(tasks, figures, strict=True)
+        Record(
+            t.name, t.shape, t.text, t.stream, t.init, t.init.moments(t.shape) if t.init else None, figures.get(t.name)
+        )
+        for t in tasks
     ]
     return Initialized(seed, records, exact)
 
 
-def _measure(tasks: list[Task]) -> list[tuple[float, float] | None]:
-    """Mean and variance of every parameter's values (of survivors, of the local part), one pass a device."""
-    values = [_local(t.place.parameter)[0].detach() for t in tasks]
-    values = [v if t.mask is None else v[t.mask] for v, t in zip(values, tasks, strict=True)]
-    figures: list[tuple[float, float] | None] = [None] * len(tasks)
+def _measure(tasks: list[Task], figures: Figures) -> None:
+    """Mean and variance of what was not measured while it was written (of survivors, of the local part), one pass a device."""
+    values = [local(t.memory)[0].detach() for t in tasks]
+    values = [v if t.mask is None else v[t.mask.to(v.device)] for v, t in zip(values, tasks, strict=True)]
     for device in {v.device for v in values}:
         here = [i for i, v in enumerate(values) if v.device == device]
         found = moments([values[i] for i in here], order=2)
         for i, mean, variance in zip(here, found.mean.tolist(), found.var.tolist(), strict=True):
-            figures[i] = mean, variance
-    return figures
+            figures[tasks[i].name] = mean, variance
 
 
-def _execute(model: nn.Module, tasks: list[Task], seed: int, rescale: str | None) -> set[str]:
-    """Write everything; returns the names whose values are exactly f(seed, stream, index) of the task's Init, zero where pruned."""
+def _execute(
+    model: nn.Module,
+    tasks: list[Task],
+    seed: int,
+    rescale: str | None,
+    stats: bool,
+    exact: set[str],
+    figures: Figures,
+) -> None:
+    """Write everything; `exact` and `figures` as initperf.filling.fill has them."""
     for module in model.modules():
         if isinstance(module, _NormBase):
             module.reset_running_stats()
-    exact: set[str] = set()
     for task in tasks:
-        if task.mask is not None and task.place.leaf == "weight" and hasattr(task.place.module, "set_mask"):
+        if task.given and task.place.leaf == "weight" and hasattr(task.place.module, "set_mask"):
             task.place.module.set_mask(task.mask)  # type: ignore[operator]
-        if not task.ruled:
-            _fill(task, seed, exact, rescale)
-    _reset(tasks, seed, exact)
-    for task in tasks:
-        if task.ruled:
-            _fill(task, seed, exact, rescale)
+    resets = any(t.reset is not None for t in tasks)
+    fill([t for t in tasks if not (resets and t.ruled)], seed, rescale, stats, exact, figures)
+    if resets:
+        _reset(tasks, seed, exact, figures)
+        fill([t for t in tasks if t.ruled], seed, rescale, stats, exact, figures)
     for module in model.modules():
-        _zero_padding(module, tasks, exact)
-    return exact
+        _zero_padding(module, tasks, exact, figures)
 
 
-def _fill(task: Task, seed: int, exact: set[str], rescale: str | None) -> None:
-    if task.keep or task.reset is not None:
-        return
-    parameter, module = task.place.parameter, task.place.module
-    if not parameter.numel():
-        return
-    if task.mask is not None and rescale == "layer":
-        _scale_distribution(task, float(task.mask.double().mean()) ** -0.5 if task.mask.any() else 1.0)
-    stream = rng.stream_of(task.name)
-    tensor, shape, start = _local(parameter)
-    if task.distribution is None:
-        _orthogonal(tensor, shape, start, task.init.args[0], seed, stream)  # type: ignore[union-attr]
-    elif start is not None:
-        write_shard(tensor, task.distribution, shape, start, seed, stream)
-    else:
-        write(tensor, task.distribution, seed, stream)
-    if task.mask is not None and rescale != "measured":
-        scale = rescale_factor(rescale, tensor, task.mask, module) if rescale in ("unit", "squares") else None
-        tensor.masked_fill_(~_part(task.mask, tensor, start), 0)
-        if scale is not None:
-            tensor.mul_(scale)
-    if task.mask is not None and rescale in ("unit", "squares", "measured"):
-        task.text += f", rescaled ({rescale})"
-    elif task.init is not None:
-        exact.add(task.name)
-
-
-def _scale_distribution(task: Task, factor: float) -> None:
-    init = task.init.scaled(factor)  # type: ignore[union-attr]
-    task.init, task.text = init, str(init)
-    if task.distribution is not None:
-        task.distribution = init.distribution(task.place.parameter.dtype)
-
-
-def _orthogonal(
-    tensor: Tensor, shape: tuple[int, ...], start: tuple[int, ...] | None, gain: float, seed: int, stream: int
-) -> None:
-    if start is None:
-        write_orthogonal(tensor, gain, seed, stream)
-        return
-    whole = write_orthogonal(torch.empty(shape, dtype=tensor.dtype, device="cpu"), gain, seed, stream)
-    tensor.copy_(_part(whole, tensor, start))
-
-
-def _part(whole: Tensor, like: Tensor, start: tuple[int, ...] | None) -> Tensor:
-    """The block of `whole` that `like` holds."""
-    for d, first in enumerate(start or ()):
-        whole = whole.narrow(d, first, like.shape[d])
-    return whole
-
-
-def _local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...] | None]:
-    """The memory to write: (tensor, global shape, where the tensor begins in it; None for a tensor that is the whole)."""
-    if not is_sharded(parameter):
-        return parameter, tuple(parameter.shape), None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
-    return parameter.to_local(), tuple(parameter.shape), tuple(start)  # type: ignore[attr-defined]
-
-
-def _reset(tasks: list[Task], seed: int, exact: set[str]) -> None:
+def _reset(tasks: list[Task], seed: int, exact: set[str], figures: Figures) -> None:
     """Run the reset functions of unknown classes, children first; what they set in other modules counts as theirs."""
     from initperf.redirect import fast_init
 
     calls = {id(t.reset[1]): t.reset for t in tasks if t.reset is not None}
     for path, module, function in sorted(calls.values(), key=lambda call: -call[0].count(".") - bool(call[0])):
-        before = {t.name: t.place.parameter._version for t in tasks}
+        before = {t.name: t.memory._version for t in tasks}
         digest = hashlib.sha256(f"{seed}:{rng.canonical_name(path)}".encode()).digest()
         with fast_init(seed=int.from_bytes(digest[:8], "little")):
             getattr(module, function)()
         for task in tasks:
-            if task.place.parameter._version != before[task.name]:
+            if task.memory._version != before[task.name]:
                 task.text, task.init = f"{type(module).__name__}.{function}()", None
                 exact.discard(task.name)
+                figures.pop(task.name, None)
                 if task.mask is not None:
-                    task.place.parameter.masked_fill_(~task.mask, 0)
+                    task.memory.masked_fill_(~task.mask.to(task.memory.device), 0)
 
 
-def _zero_padding(module: nn.Module, tasks: list[Task], exact: set[str]) -> None:
+def _zero_padding(module: nn.Module, tasks: list[Task], exact: set[str], figures: Figures) -> None:
     """The row of padding_idx is 0, as in torch."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
         for task in tasks:
-            if task.place.parameter is module.weight and not task.keep:
+            if task.memory is module.weight and not task.keep:
                 module.weight[module.padding_idx] = 0
                 exact.discard(task.name)
+                figures.pop(task.name, None)

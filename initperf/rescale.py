@@ -8,30 +8,76 @@ measured  so that the variance of each layer's pre-activations on a batch is wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from initperf import ops
 from initperf.checks import fail
 from initperf.stats import moments
 
+if TYPE_CHECKING:
+    from initperf.init_plan import Task
+
+_PART = 1 << 20  # dense values of a compressed weight that are made at a time
 MODES = ("layer", "unit", "squares", "measured")
 
 
-def rescale_factor(mode: str, dense: Tensor, mask: Tensor, module: nn.Module) -> Tensor:
-    """What to multiply the survivors of `dense` with, for "unit" and "squares". A unit or layer without survivors keeps 1."""
-    if mode == "unit":
-        unit = 1 if isinstance(module, _ConvTransposeNd) else 0
-        others = [d for d in range(mask.dim()) if d != unit]
-        fan = mask.numel() // max(1, mask.shape[unit])
-        live = mask.double().sum(dim=others, keepdim=True) if others else mask.double()
-        return torch.where(live > 0, fan / live.clamp(min=1), 1.0).sqrt().to(dense.dtype)
-    found = moments([dense, dense.masked_fill(~mask, 0)], order=2)
-    whole, kept = found.var + found.mean**2
-    return (whole / kept if kept > 0 else torch.ones((), dtype=torch.float64)).sqrt().to(dense.dtype)
+def rescale_all(mode: str, tasks: Sequence[Task], seed: int) -> None:
+    """Mask the dense values that the tasks' memory holds and scale the survivors, by "unit" or "squares".
+
+    A compressed weight holds survivors only; its dense sum of squares is that of its distribution's values, made in parts.
+    """
+    whole = _squares(tasks) if mode == "squares" else {}
+    for task in tasks:
+        if task.mask is not None:
+            task.memory.masked_fill_(~task.mask.to(task.memory.device), 0)
+    kept = _squares(tasks) if mode == "squares" else {}
+    for task in tasks:
+        if mode == "unit":
+            task.memory.mul_(_unit_factor(task))
+        elif kept[task.name] > 0:
+            dense = whole[task.name] if task.bits is None else _dense_squares(task, seed)
+            task.memory.mul_(torch.tensor(dense / kept[task.name]).sqrt().to(task.memory.dtype))
+
+
+def _squares(tasks: Sequence[Task]) -> dict[str, float]:
+    """The mean square of every task's values, the pruned ones counted as 0; one pass a device."""
+    result = {}
+    for device in {t.memory.device for t in tasks}:
+        here = [t for t in tasks if t.memory.device == device]
+        found = moments([t.memory for t in here], order=2)
+        for task, square in zip(here, (found.var + found.mean**2).tolist(), strict=True):
+            result[task.name] = square * task.memory.numel() / task.place.parameter.numel()
+    return result
+
+
+def _dense_squares(task: Task, seed: int) -> float:
+    """The mean square of the dense values of a compressed weight, in parts."""
+    n = task.place.parameter.numel()
+    scratch = torch.empty(min(n, _PART), dtype=task.memory.dtype, device=task.memory.device)
+    sample_ = ops.implementation("sample_", scratch.device.type)
+    total = 0.0
+    for start in range(0, n, _PART):
+        values = scratch[: n - start]
+        sample_(values, *task.distribution, seed, task.stream, start)  # type: ignore[misc]
+        found = moments(values, order=2)
+        total += float(found.var + found.mean**2) * len(values)
+    return total / n
+
+
+def _unit_factor(task: Task) -> Tensor:
+    """What to multiply the survivors with; a unit without survivors keeps 1. For each survivor of a compressed weight."""
+    mask = task.mask if task.mask is not None else task.unpacked_bits()
+    unit = 1 if isinstance(task.place.module, _ConvTransposeNd) else 0
+    others = [d for d in range(mask.dim()) if d != unit]
+    fan = mask.numel() // max(1, mask.shape[unit])
+    live = (mask.sum(dim=others, keepdim=True) if others else mask).double()
+    factor = torch.where(live > 0, fan / live.clamp(min=1), 1.0).sqrt().to(task.memory.dtype)
+    return factor if task.bits is None else factor.expand(mask.shape)[mask].view(task.memory.shape)
 
 
 def reached(model: nn.Module, sample: Any, layers: Mapping[nn.Module, Tensor]) -> set[nn.Module]:

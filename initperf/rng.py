@@ -232,7 +232,8 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
 
 def canonical_name(name: str) -> str:
     """A parameter's qualified name without the parts that wrappers add (DDP, FSDP, compile, checkpoint, parametrize)."""
-    name = re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", name)
+    if name.endswith(".original"):
+        name = re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", name)
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     if parts:
         parts[-1] = _ALIASES.get(parts[-1], parts[-1])

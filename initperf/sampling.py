@@ -12,10 +12,11 @@ from torch._C._dynamo import eval_frame
 from torch.overrides import has_torch_function_variadic
 
 from initperf import ops, rng
-from initperf.checks import FLOATS, InitPerfTypeError, check_seed, fail
+from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_seed, fail
 from initperf.rng import Distribution
 
 ops.register("sample_", "sample")
+ops.register("sample_many_", "sample_many")
 ops.register("orthogonal_", "orthogonal")
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,16 +65,39 @@ def kind_of(tensor: Any) -> str:
     return f"{type(tensor).__name__} of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
 
 
+def has_own_memory(tensor: Tensor) -> bool:
+    """Whether kernels can write a plain tensor as it lies in memory."""
+    return (tensor.is_cpu or tensor.is_cuda) and tensor.is_contiguous() and not tensor.is_neg()
+
+
 def write(tensor: Tensor, distribution: Distribution, seed: int, stream: int) -> Tensor:
     """Sample into a plain tensor, its row-major position being the index; nothing is checked."""
-    on_cpu = tensor.is_cpu
-    if (on_cpu or tensor.is_cuda) and tensor.is_contiguous() and not tensor.is_neg():
-        ops.implementation("sample_", "cpu" if on_cpu else "cuda")(tensor, *distribution, seed, stream)
+    if has_own_memory(tensor):
+        ops.implementation("sample_", "cpu" if tensor.is_cpu else "cuda")(tensor, *distribution, seed, stream)
         _written((tensor,))
         return tensor
     values = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device if tensor.is_cuda else "cpu")
     with torch.no_grad():
         return tensor.copy_(write(values, distribution, seed, stream))
+
+
+def write_many(
+    tensors: Sequence[Tensor],
+    distributions: Sequence[Distribution],
+    streams: Sequence[int],
+    seed: int,
+    masks: Sequence[Tensor | None],
+    moments: bool = False,
+) -> Tensor | None:
+    """Sample into plain tensors of one device with memory of their own, in one pass; nothing is checked.
+
+    masks: None, a contiguous bool tensor, or packed bits whose survivors the tensor holds. moments: return float64
+    (2, tensors), mean and variance of what survives. See initperf.reference.sample_many.
+    """
+    op = ops.implementation("sample_many_", tensors[0].device.type)
+    result = op(tensors, distributions, streams, seed, masks if any(m is not None for m in masks) else None, moments)
+    _written(tuple(tensors))  # type: ignore[arg-type]
+    return result
 
 
 def write_shard(
@@ -146,6 +170,71 @@ def sample_into(tensor: Tensor, distribution: Distribution, *, seed: int, stream
     if not has_no_values(tensor):
         fail("a plain float32, bfloat16, float16 or float64 tensor", kind_of(tensor), kind=InitPerfTypeError)
     return tensor
+
+
+def bits_set(bits: Tensor) -> int:
+    """How many bits of a uint8 tensor are set."""
+    pairs = bits - (bits >> 1 & 0x55)
+    nibbles = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return int(((nibbles + (nibbles >> 4)) & 0x0F).sum())
+
+
+def check_bits(bits: Tensor, shape: Sequence[int], nnz: int, name: str = "mask") -> None:
+    """Packed bits of a mask of `shape` with `nnz` survivors: uint8, (elements / 8, rounded up), lowest bit first, 0 behind the end."""
+    n = math.prod(shape)
+    if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != -(-n // 8):
+        fail(f"{name} of {-(-n // 8)} packed bytes for shape {tuple(shape)}", f"{tuple(bits.shape)} of {bits.dtype}")
+    if n % 8 and int(bits[-1]) >> n % 8:
+        fail(f"{name} whose last byte has no bit behind the {n} of shape {tuple(shape)}", f"{int(bits[-1]):#010b}")
+    found = bits_set(bits)
+    if found != nnz:
+        fail(f"as many values as {name} has survivors ({found})", nnz)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool mask as uint8, row-major, 8 entries a byte, the lowest bit first."""
+    flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+@not_compiled
+def sample_survivors_into(
+    values: Tensor, distribution: Distribution, mask: Tensor, shape: Sequence[int], *, seed: int, stream: int = 0
+) -> Tensor:
+    """values[j] = f(seed, stream, i), i being the row-major position of survivor j in `shape`: whole[mask] without the whole.
+
+    values: plain, (nnz,) or (nnz, 1), of the dtype that `distribution` was made for. mask: bool of `shape`, or its packed
+    bits (uint8, row-major, numpy.packbits with bitorder="little"), on the device of values. Returns values. Raises as
+    sample_into does, and if values and mask do not fit.
+    """
+    shape = tuple(shape)
+    if not isinstance(distribution, Distribution):
+        fail("an initperf.rng.Distribution", type(distribution).__name__, kind=InitPerfTypeError)
+    check_seed(seed)
+    check_seed(stream, "stream")
+    if not isinstance(mask, Tensor):
+        fail("mask to be a torch.Tensor of bool, or of packed bits", type(mask).__name__, kind=InitPerfTypeError)
+    if mask.dtype == torch.bool:
+        check_mask(mask, shape)
+    if has_no_values(values):
+        return values
+    if not is_plain(values):
+        fail("plain float32, bfloat16, float16 or float64 values", kind_of(values), kind=InitPerfTypeError)
+    if values.dim() not in (1, 2) or values.dim() == 2 and values.shape[1] != 1:
+        fail("values of shape (nnz,) or (nnz, 1)", tuple(values.shape))
+    if mask.device != values.device:
+        fail(f"mask on the device of values ({values.device})", mask.device, kind=InitPerfRuntimeError)
+    bits = pack_bits(mask) if mask.dtype == torch.bool else mask.contiguous()
+    check_bits(bits, shape, values.numel())
+    if not values.numel():
+        return values
+    if has_own_memory(values):
+        write_many([values], [distribution], [stream], seed, [bits])
+        return values
+    copy = torch.empty(values.shape, dtype=values.dtype, device=values.device if values.is_cuda else "cpu")
+    write_many([copy], [distribution], [stream], seed, [bits.to(copy.device)])
+    with torch.no_grad():
+        return values.copy_(copy)
 
 
 def write_orthogonal(tensor: Tensor, gain: float, seed: int, stream: int) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor, dtype, nn
+from torch import Tensor, dtype, empty, nn
 from torch.nn.init import _calculate_fan_in_and_fan_out as fans
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -133,7 +133,9 @@ def _fully_connected(weight: Tensor) -> dict[str, Init]:
 
 
 def _dense_weight(module: Any) -> Tensor:
-    """`weight`, whose shape tells the fans, also where torch.nn.utils.prune keeps the parameter as weight_orig."""
+    """`weight`, whose shape tells the fans, also where torch.nn.utils.prune keeps it as weight_orig, or a sparse layer compressed."""
+    if _is_compressed(module):
+        return empty(module.weight_shape, device="meta")
     return module._parameters.get("weight_orig", module.weight)
 
 
@@ -194,8 +196,15 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
     return any(c.__module__ == "transformers.pytorch_utils" and c.__name__ == "Conv1D" for c in type(module).__mro__)
 
 
+def _is_compressed(module: nn.Module) -> bool:
+    """A sparse linear or convolutional layer: survivors in weight_values, their places in weight_mask_bits."""
+    return "weight_mask_bits" in module._buffers and hasattr(module, "weight_shape")
+
+
 def own(module: nn.Module) -> dict[str, Init]:
     """What the module's class means by itself, by name below the module; {} for a class that is not torch.nn's."""
+    if _is_compressed(module):
+        return _fully_connected(_dense_weight(module))
     for classes, table in _OWN:
         if isinstance(module, classes):
             return table(module)
@@ -241,7 +250,7 @@ def _gpt2(place: Place) -> Init:
 
 def _timm(place: Place) -> Init:
     """Convolutions: kaiming_normal, fan_out (timm's ResNet); linear layers and all else: trunc_normal(0.02) (timm's ViT)."""
-    if isinstance(place.module, _ConvNd):
+    if isinstance(place.module, _ConvNd) or (_is_compressed(place.module) and place.parameter.dim() > 2):
         return normal(_he(place.parameter, math.sqrt(2.0), fan_out=True))
     return trunc_normal(0.02)
 
