@@ -27,7 +27,7 @@ intrinsic: Any = _intrinsic  # its annotations know nothing of the typing contex
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
 _KEEP_IN_CACHE = 3
-_ARGUMENTS = 9  # of lane_sums
+_ARGUMENTS = 12  # of lane_sums
 
 
 def _vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
@@ -67,11 +67,20 @@ class _Loop:
     def set_row(self, sums: Any, row: int, value: Any) -> None:
         self.b.store(value, self.at(sums, row * LANES * 8, _DOUBLE), align=8)
 
-    def emit(self, address: Any, steps: Any, stride: Any, lanes: Any, ahead: Any, sums: Any) -> None:
+    def emit(
+        self,
+        address: Any,
+        runs: Any,
+        step_run: Any,
+        steps: Any,
+        stride: Any,
+        lanes: Any,
+        rest: Any,
+        ahead: Any,
+        sums: Any,
+    ) -> None:
         b, same_width = self.b, self.wide is _DOUBLE
-        live = None
-        if self.mode == MASKED:
-            live = b.icmp_unsigned("<", ir.Constant(_vector(_I64), list(range(LANES))), self.splat(lanes))
+        live, tail = (self.first(lanes) if self.mode == MASKED else None), self.first(rest)
         shift, scale = self.get_row(sums, SHIFT), self.get_row(sums, SCALE)
         powers = (S1, S2, S3, S4)[: self.order]
         start: dict[Any, Any] = {row: self.get_row(sums, row) for row in powers}
@@ -81,38 +90,73 @@ class _Loop:
         for row in self.counted:
             start[row] = ir.Constant(_I64, 0) if self.mode == PLAIN else _constant(_I32, 0)
 
-        entry, head, body, done = b.block, *(b.append_basic_block(name) for name in ("head", "body", "done"))
-        b.branch(head)
-        b.position_at_end(head)
-        state: dict[Any, Any] = {}
-        for key, value in {"step": ir.Constant(_I64, 0), "address": address, **start}.items():
-            state[key] = b.phi(value.type)
-            state[key].add_incoming(value, entry)
-        b.cbranch(b.icmp_unsigned("<", state["step"], steps), body, done)
+        entry = b.block
+        run, walk, body, ended, last, after, done = (
+            b.append_basic_block(name) for name in ("run", "walk", "body", "ended", "last", "after", "done")
+        )
+        b.branch(run)
+        b.position_at_end(run)
+        outer = self.phis({"run": ir.Constant(_I64, 0), "begin": address, **start}, entry)
+        b.cbranch(b.icmp_unsigned("<", outer["run"], runs), walk, done)
+
+        b.position_at_end(walk)
+        sums_so_far = {key: value for key, value in outer.items() if key not in ("run", "begin")}
+        state = self.phis({"step": ir.Constant(_I64, 0), "address": outer["begin"], **sums_so_far}, run)
+        b.cbranch(b.icmp_unsigned("<", state["step"], steps), body, ended)
 
         b.position_at_end(body)
         following = self.step(state, live, ahead, shift, scale)
         following["step"] = b.add(state["step"], ir.Constant(_I64, 1))
         following["address"] = b.add(state["address"], stride)
-        for key, value in following.items():
-            state[key].add_incoming(value, b.block)
-        b.branch(head)
+        self.close(state, following)
+        b.branch(walk)
+
+        b.position_at_end(ended)
+        b.cbranch(b.icmp_unsigned(">", rest, ir.Constant(_I64, 0)), last, after)
+        b.position_at_end(last)
+        with_tail = self.step(state, tail, ahead, shift, scale)
+        from_last = b.block
+        b.branch(after)
+        b.position_at_end(after)
+        following = self.phis({key: state[key] for key in start}, ended)
+        for key, value in with_tail.items():
+            following[key].add_incoming(value, from_last)
+        following["run"] = b.add(outer["run"], ir.Constant(_I64, 1))
+        following["begin"] = b.add(outer["begin"], step_run)
+        self.close(outer, following)
+        b.branch(run)
 
         b.position_at_end(done)
         for row in powers:
-            self.set_row(sums, row, state[row])
+            self.set_row(sums, row, outer[row])
         for row in (LOW, HIGH):
-            self.set_row(sums, row, state[row] if same_width else b.fpext(state[row], _vector(_DOUBLE)))
+            self.set_row(sums, row, outer[row] if same_width else b.fpext(outer[row], _vector(_DOUBLE)))
         if self.mode != MASKED:
-            count = self.splat(b.uitofp(steps, _DOUBLE))
+            whole, partly = (self.splat(b.uitofp(n, _DOUBLE)) for n in (b.mul(runs, steps), runs))
+            count = b.fadd(whole, b.select(tail, partly, _constant(_DOUBLE, 0.0)))
             self.set_row(sums, COUNT, b.fadd(self.get_row(sums, COUNT), count))
         for row in self.counted:
             if self.mode == PLAIN:  # a scalar; it belongs to no lane, so it goes to the first
-                count = b.uitofp(state[row], _DOUBLE)
+                count = b.uitofp(outer[row], _DOUBLE)
                 vector = b.insert_element(_constant(_DOUBLE, 0.0), count, ir.Constant(_I32, 0))
             else:
-                vector = b.uitofp(state[row], _vector(_DOUBLE))
+                vector = b.uitofp(outer[row], _vector(_DOUBLE))
             self.set_row(sums, row, b.fadd(self.get_row(sums, row), vector))
+
+    def first(self, lanes: Any) -> Any:
+        """A mask of the lanes below `lanes`."""
+        return self.b.icmp_unsigned("<", ir.Constant(_vector(_I64), list(range(LANES))), self.splat(lanes))
+
+    def phis(self, values: dict[Any, Any], block: Any) -> dict[Any, Any]:
+        """Loop-carried values that are `values` when the loop is entered from `block`."""
+        carried = {key: self.b.phi(value.type) for key, value in values.items()}
+        for key, value in values.items():
+            carried[key].add_incoming(value, block)
+        return carried
+
+    def close(self, carried: dict[Any, Any], following: dict[Any, Any]) -> None:
+        for key, value in following.items():
+            carried[key].add_incoming(value, self.b.block)
 
     def step(self, state: dict[Any, Any], live: Any, ahead: Any, shift: Any, scale: Any) -> dict[Any, Any]:
         """One vector: the loop-carried values after it."""
@@ -120,15 +164,18 @@ class _Loop:
         x, d = self.read(state["address"], live, ahead)
         zero = b.fcmp_ordered("==", x, _constant(self.wide, 0.0))
         below, above = b.fcmp_ordered("<", x, state[LOW]), b.fcmp_ordered(">", x, state[HIGH])
+        good = live
         if self.mode == MASKED:
             bits = 64 if self.wide is _DOUBLE else 32
             size = self.call(f"llvm.fabs.v{LANES}f{bits}", x.type, x)
             good = b.and_(live, b.fcmp_ordered("<", size, _constant(self.wide, float("inf"))))
-            zero, below, above = (b.and_(good, test) for test in (zero, below, above))
             new[COUNT] = b.add(state[COUNT], b.zext(good, _vector(_I32)))
-            d = b.select(good, b.fsub(b.fmul(d, scale), shift), _constant(_DOUBLE, 0.0))
+            d = b.fsub(b.fmul(d, scale), shift)
         elif self.mode == SHIFTED:
             d = b.fsub(d, shift)
+        if good is not None:
+            zero, below, above = (b.and_(good, test) for test in (zero, below, above))
+            d = b.select(good, d, _constant(_DOUBLE, 0.0))
         new[LOW], new[HIGH] = b.select(below, x, state[LOW]), b.select(above, x, state[HIGH])
         if self.mode == PLAIN:
             number = self.call(f"llvm.ctpop.i{LANES}", _I16, b.bitcast(zero, _I16))
@@ -219,15 +266,17 @@ def _with_address(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 @_with_address(types.void(*[types.uintp] * _ARGUMENTS))
-def lane_sums(kind, order, mode, address, steps, stride, lanes, ahead, sums):
-    """Add `steps` vectors of LANES values, `stride` bytes apart, to `sums`: the address of ROWS x LANES float64.
+def lane_sums(kind, order, mode, address, runs, step_run, steps, stride, lanes, rest, ahead, sums):
+    """Add `runs` runs, `step_run` bytes apart, to `sums`: the address of ROWS x LANES float64.
+
+    A run is `steps` vectors of LANES values, `stride` bytes apart, and then `rest` < LANES values.
 
     S1..S4 sum d..d^4 (order 2: S1, S2), COUNT counts values, ZEROS those equal to 0, LOW and HIGH are the extremes.
     PLAIN: d = x, and ZEROS of all lanes is in the first. SHIFTED: d = x - SHIFT. In both a value that is not finite
-    makes S1 so. MASKED: order 4, d = x * SCALE - SHIFT; only lanes below `lanes` are read, non-finite values are left
-    out. `ahead`: bytes to prefetch ahead.
+    makes S1 so. MASKED: order 4, d = x * SCALE - SHIFT; of whole vectors only lanes below `lanes` are read, non-finite
+    values are left out. `ahead`: bytes to prefetch ahead.
     """
-    _lane_sums((kind, order, mode, address, steps, stride, lanes, ahead, sums))
+    _lane_sums((kind, order, mode, address, runs, step_run, steps, stride, lanes, rest, ahead, sums))
 
 
 @intrinsic
