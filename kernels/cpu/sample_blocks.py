@@ -9,28 +9,19 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import carray, float64, int64, uint16, uint32, uint64, uintp
+from llvmlite import ir
+from numba import carray, float64, int64, types, uint16, uint32, uint64, uintp
+from numba.core import cgutils
 
 from .jit import jit
-from .lanes import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
-    LANES,
-    S1,
-    S2,
-    SCALE,
-    SHIFT,
-    SHIFTED,
-    call_lane_sums,
-)
-from .sample import _FLOAT16, _FLOAT32, _FLOAT64
-from .vector import bits_float, full_vectors, half_float, pointer, population, trailing_zeros
+from .sample import _BFLOAT16, _FLOAT16, _FLOAT32, _FLOAT64
+from .vector import bits_float, full_vectors, half_float, intrinsic, pointer, population, trailing_zeros
 
-RUNNING = 64  # sums that run at once where a mask is read: enough to hide what an addition takes
-_KINDS = (0, FLOAT32, BFLOAT16, FLOAT16, FLOAT64)  # of kernels/cpu/lanes.py, by code
+LANES = 16
 N, MEAN, SQUARES = range(3)  # of a block's record: values, their mean, the sum of (value - mean)^2
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_FLOAT, _DOUBLE = ir.FloatType(), ir.DoubleType()
+_STORED = {_FLOAT32: (_FLOAT, 4), _BFLOAT16: (ir.IntType(16), 2), _FLOAT16: (ir.HalfType(), 2), _FLOAT64: (_DOUBLE, 8)}
 
 
 @jit()
@@ -113,94 +104,129 @@ def _value(address: Any, code: Any, i: Any) -> float:
     return float64(half_float(word) if code == _FLOAT16 else bits_float(uint32(word) << uint32(16)))
 
 
+def _vector_sums(code: int, masked: bool) -> Any:
+    """A function (address, mask, steps, origin, out): sums of value - origin and of its square, over `steps` times 2 LANES values.
+
+    Lane i of out[0] adds values i, i + LANES, ... in this order, whatever the machine's vectors; out[1] has the squares.
+    What the mask leaves out counts as `origin`.
+    """
+    stored, size = _STORED[code]
+
+    def vector(element: ir.Type) -> ir.VectorType:
+        return ir.VectorType(element, LANES)
+
+    def codegen(ctx: Any, b: Any, sig: Any, args: Any) -> Any:
+        address, mask, steps, origin, out = args
+        zero = ir.Constant(vector(_DOUBLE), [0.0] * LANES)
+        nothing = ir.Constant(vector(_DOUBLE), ir.Undefined)
+        first = b.insert_element(nothing, origin, ir.Constant(_I32, 0))
+        about = b.shuffle_vector(first, nothing, ir.Constant(vector(_I32), [0] * LANES))
+        sums = [cgutils.alloca_once_value(b, zero) for _ in range(4)]
+
+        def load(start: Any, index: Any, element: ir.Type, width: int) -> Any:
+            where = b.add(start, b.mul(index, ir.Constant(_I64, LANES * width)))
+            return b.load(b.inttoptr(where, vector(element).as_pointer()), align=width)
+
+        with cgutils.for_range(b, steps) as loop:
+            for half in (0, 1):
+                index = b.add(b.mul(loop.index, ir.Constant(_I64, 2)), ir.Constant(_I64, half))
+                x = load(address, index, stored, size)
+                if code == _BFLOAT16:
+                    x = b.bitcast(
+                        b.shl(b.zext(x, vector(_I32)), ir.Constant(vector(_I32), [16] * LANES)), vector(_FLOAT)
+                    )
+                if code != _FLOAT64:
+                    x = b.fpext(x, vector(_DOUBLE))
+                d = b.fsub(x, about)
+                if masked:
+                    alive = load(mask, index, _I8, 1)
+                    d = b.select(b.icmp_unsigned("!=", alive, ir.Constant(vector(_I8), [0] * LANES)), d, zero)
+                b.store(b.fadd(b.load(sums[half]), d), sums[half])
+                fma = ir.FunctionType(d.type, [d.type] * 3)
+                square = cgutils.get_or_insert_function(b.module, fma, f"llvm.fma.v{LANES}f64")
+                b.store(b.call(square, [d, d, b.load(sums[2 + half])]), sums[2 + half])
+        for row in (0, 1):
+            total = b.fadd(b.load(sums[2 * row]), b.load(sums[2 * row + 1]))
+            where = b.add(out, ir.Constant(_I64, row * LANES * 8))
+            b.store(total, b.inttoptr(where, vector(_DOUBLE).as_pointer()), align=8)
+        return ctx.get_dummy_value()
+
+    @intrinsic
+    def sums(typingctx: Any, address: Any, mask: Any, steps: Any, origin: Any, out: Any) -> Any:
+        return types.void(types.int64, types.int64, types.int64, types.float64, types.int64), codegen
+
+    return sums
+
+
+_float32_sums, _float32_surviving = (_vector_sums(_FLOAT32, masked) for masked in (False, True))
+_bfloat16_sums, _bfloat16_surviving = (_vector_sums(_BFLOAT16, masked) for masked in (False, True))
+_float16_sums, _float16_surviving = (_vector_sums(_FLOAT16, masked) for masked in (False, True))
+_float64_sums, _float64_surviving = (_vector_sums(_FLOAT64, masked) for masked in (False, True))
+
+
 @jit()
-def _widened(address: Any, code: Any, first: Any, out: Any) -> None:
-    """The out.size values from the first on as float64."""
-    full_vectors()
-    last = first + out.size
+def _lane_sums(code: Any, address: Any, mask: Any, steps: Any, origin: Any, out: Any) -> None:
     if code == _FLOAT32:
-        out[:] = carray(pointer(address, np.float32), last)[first:]
-    elif code == _FLOAT64:
-        out[:] = carray(pointer(address, np.float64), last)[first:]
+        _float32_surviving(address, mask, steps, origin, out) if mask else _float32_sums(
+            address, mask, steps, origin, out
+        )
+    elif code == _BFLOAT16:
+        _bfloat16_surviving(address, mask, steps, origin, out) if mask else _bfloat16_sums(
+            address, mask, steps, origin, out
+        )
+    elif code == _FLOAT16:
+        _float16_surviving(address, mask, steps, origin, out) if mask else _float16_sums(
+            address, mask, steps, origin, out
+        )
     else:
-        word = carray(pointer(address, np.uint16), last)[first:]
-        for i in range(out.size):
-            out[i] = float64(half_float(word[i]) if code == _FLOAT16 else bits_float(uint32(word[i]) << uint32(16)))
-
-
-@jit()
-def _surviving_sums(values: Any, alive: Any, origin: Any, sums: Any) -> int:
-    """value - origin and its square, summed in sums[0] and sums[1] where it survives; returns how many do."""
-    full_vectors()
-    count, n = 0, values.size
-    whole = n // RUNNING * RUNNING
-    for i in range(n):
-        count += alive[i] != 0
-    for start in range(0, whole, RUNNING):
-        for j in range(RUNNING):
-            d = values[start + j] - origin
-            d = d if alive[start + j] != 0 else 0.0
-            sums[0, j] += d
-            sums[1, j] += d * d
-    for i in range(whole, n):
-        d = values[i] - origin if alive[i] != 0 else 0.0
-        sums[0, i - whole] += d
-        sums[1, i - whole] += d * d
-    return count
+        _float64_surviving(address, mask, steps, origin, out) if mask else _float64_sums(
+            address, mask, steps, origin, out
+        )
 
 
 @jit(inline="always")
-def _folded(sums: Any, row: Any, lanes: Any) -> float:
-    """The sum of a row's lanes, in a fixed tree."""
-    half = lanes // 2
+def _folded(lanes: Any) -> float:
+    """The sum of LANES lanes, in a fixed tree."""
+    half = LANES // 2
     while half:
         for j in range(half):
-            sums[row, j] += sums[row, j + half]
+            lanes[j] += lanes[j + half]
         half //= 2
-    return sums[row, 0]
+    return lanes[0]
 
 
 @jit()
-def measure(
-    read: Any, address: Any, code: Any, size: Any, first: Any, last: Any, mask: Any, work: Any, record: Any
-) -> None:
-    """The record of the finite values first to last - 1 that survive; mask: an address, or 0."""
-    sums, running, wide = work
-    sums[:] = 0.0
-    running[:] = 0.0
-    n, origin, count = last - first, 0.0, 0
+def measure(address: Any, code: Any, size: Any, first: Any, last: Any, mask: Any, sums: Any, record: Any) -> None:
+    """The record of a block's finite values that survive. sums: scratch, float64 (2, LANES)."""
+    n, origin = last - first, 0.0
     alive = carray(pointer(mask, np.uint8), last)[first:]
-    i = first
-    while i < last and not (mask == 0 or alive[i - first] != 0):
+    i = 0
+    while i < n and mask and alive[i] == 0:
         i += 1
-    if i < last and math.isfinite(_value(address, code, i)):
-        origin = _value(address, code, i)
+    if i < n and math.isfinite(_value(address, code, first + i)):
+        origin = _value(address, code, first + i)  # near enough to the mean that sums about it lose nothing
+    steps = n // (2 * LANES)
+    _lane_sums(code, address + first * size, mask + first if mask else mask, steps, origin, int64(sums.ctypes.data))
+    count = n
     if mask:
-        _widened(address, code, first, wide[:n])
-        count = _surviving_sums(wide[:n], alive, origin, running)
-        first_sum, second_sum = _folded(running, 0, RUNNING), _folded(running, 1, RUNNING)
-    else:
-        count = n
-        for j in range(LANES):
-            sums[SHIFT, j], sums[SCALE, j] = origin, 1.0
-        whole = n // LANES
-        start, out = uintp(address + first * size), uintp(sums.ctypes.data)
-        args = uintp(_KINDS[code]), uintp(2), uintp(SHIFTED), start, uintp(whole), uintp(LANES * size), uintp(LANES), uintp(0), out  # fmt: skip
-        call_lane_sums(uintp(read), args)
-        for j in range(n - whole * LANES):
-            d = _value(address, code, first + whole * LANES + j) - origin
-            sums[S1, j] += d
-            sums[S2, j] += d * d
-        first_sum, second_sum = _folded(sums, S1, LANES), _folded(sums, S2, LANES)
-    if not math.isfinite(second_sum):  # float16 overflows: what is not finite counts for nothing
-        first_sum, second_sum, count = 0.0, 0.0, 0
-        for i in range(first, last):
-            value = _value(address, code, i)
-            if (mask == 0 or alive[i - first] != 0) and math.isfinite(value):
+        count = 0
+        for i in range(n):
+            count += alive[i] != 0
+    for i in range(steps * 2 * LANES, n):
+        if mask == 0 or alive[i] != 0:
+            d = _value(address, code, first + i) - origin
+            sums[0, i % LANES] += d
+            sums[1, i % LANES] += d * d
+    total, squares = _folded(sums[0]), _folded(sums[1])
+    if not math.isfinite(squares):  # float16 overflows: what is not finite counts for nothing
+        total, squares, count = 0.0, 0.0, 0
+        for i in range(n):
+            value = _value(address, code, first + i)
+            if (mask == 0 or alive[i] != 0) and math.isfinite(value):
                 d = value - origin
-                first_sum += d
-                second_sum += d * d
+                total += d
+                squares += d * d
                 count += 1
-    share = first_sum / count if count else 0.0
+    share = total / count if count else 0.0
     record[N], record[MEAN] = count, origin + share
-    record[SQUARES] = max(second_sum - first_sum * share, 0.0)
+    record[SQUARES] = max(squares - total * share, 0.0)

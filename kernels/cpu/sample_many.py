@@ -19,9 +19,8 @@ from torch import Tensor
 
 from ..contract import NORMAL, TILE, UNIFORM
 from .jit import jit, threads
-from .lanes import LANES, ROWS, lane_sums
 from .sample import _CODES, _constants, _pieces, sample_
-from .sample_blocks import MEAN, RUNNING, SQUARES, N, bits_set, fill, measure, pick, prune, words_of
+from .sample_blocks import LANES, MEAN, SQUARES, N, bits_set, fill, measure, pick, prune, words_of
 
 _TILES = 8  # tiles of a block: 32 KiB of float32, within the first-level cache
 _SPAN = _TILES * TILE
@@ -56,11 +55,11 @@ def _block_at(plan: Any, cost: Any) -> int:
 
 
 @jit()
-def _share(read: Any, plan: Any, sizes: Any, k0: Any, k1: Any, begin: Any, end: Any, starts: Any, records: Any) -> None:
+def _share(plan: Any, sizes: Any, k0: Any, k1: Any, begin: Any, end: Any, starts: Any, records: Any) -> None:
     """Blocks begin to end - 1 of the list."""
     scratch = np.empty(_SPAN + 8, np.uint64)
     scratch = scratch[(64 - scratch.ctypes.data % 64) % 64 // 8 :][:_SPAN]
-    work = np.empty((ROWS, LANES)), np.empty((2, RUNNING)), np.empty(_SPAN if len(records) else 1)
+    sums = np.empty((2, LANES))
     t = _row_of(plan, FIRST_BLOCK, begin)
     block = begin
     while block < end:
@@ -98,7 +97,7 @@ def _share(read: Any, plan: Any, sizes: Any, k0: Any, k1: Any, begin: Any, end: 
         if s[MASK]:
             prune(address, size, first, last, s[MASK])
         if len(records):
-            measure(read, address, code, size, first, last, s[MASK], work, records[block])
+            measure(address, code, size, first, last, s[MASK], sums, records[block])
         block += blocks
 
 
@@ -143,23 +142,21 @@ def _counted(plan: Any, starts: Any) -> None:
 
 
 @jit()
-def _serial(read: Any, plan: Any, sizes: Any, k0: Any, k1: Any, starts: Any, records: Any, result: Any) -> None:
+def _serial(plan: Any, sizes: Any, k0: Any, k1: Any, starts: Any, records: Any, result: Any) -> None:
     _counted(plan, starts)
-    _share(read, plan, sizes, k0, k1, int64(0), plan[-1, FIRST_BLOCK], starts, records)
+    _share(plan, sizes, k0, k1, int64(0), plan[-1, FIRST_BLOCK], starts, records)
     if len(records):
         _combined(plan, records, result)
 
 
 @jit(parallel=True)
-def _parallel(
-    read: Any, plan: Any, sizes: Any, k0: Any, k1: Any, chunks: Any, starts: Any, records: Any, result: Any
-) -> None:
+def _parallel(plan: Any, sizes: Any, k0: Any, k1: Any, chunks: Any, starts: Any, records: Any, result: Any) -> None:
     _counted(plan, starts)
     total = plan[-1, FIRST_COST]
     for c in prange(chunks):
         begin = _block_at(plan, total * c // chunks)
         end = plan[-1, FIRST_BLOCK] if c + 1 == chunks else _block_at(plan, total * (c + 1) // chunks)
-        _share(read, plan, sizes, k0, k1, begin, end, starts, records)
+        _share(plan, sizes, k0, k1, begin, end, starts, records)
     if len(records):
         _combined(plan, records, result)
 
@@ -218,7 +215,7 @@ def sample_many_(
     words = seed & 0xFFFFFFFF, seed >> 32
     count = threads() if plan[-1, FIRST_COST] > _SERIAL else 1
     if count > 1:
-        _parallel(lane_sums.address, plan, _SIZES, *words, 8 * count, starts, records, result.numpy())
+        _parallel(plan, _SIZES, *words, 8 * count, starts, records, result.numpy())
     else:
-        _serial(lane_sums.address, plan, _SIZES, *words, starts, records, result.numpy())
+        _serial(plan, _SIZES, *words, starts, records, result.numpy())
     return result if moments else None
