@@ -16,23 +16,18 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from .few_rows import FEW, correlate_few, multiply_few
 from .jit import jit, threads
 from .pattern import block_of
 from .spmm_ir import LANES, ROWS, compute_pointer, correlate_unit, multiply_unit, shifted, storage_pointer
-from .survivors import STARTS, ask, begin_rows, fetch, leave
+from .survivors import KINDS, SLACK, STARTS, ask, begin_rows, fetch, leave
 from .tiles import ZERO, pack, start_sums, unpack
 
-KINDS = {
-    torch.float32: np.zeros(1, np.float32),
-    torch.float64: np.zeros(1, np.float64),
-    torch.bfloat16: np.zeros(1, np.uint16),
-    torch.float16: np.zeros(1, np.int16),
-}
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 SERIAL = 3 << 20  # multiply-adds under which a second thread costs more than it saves
+SERIAL_FEW = 1 << 18  # the same in survivors, with few batch rows
 TILE = 1 << 20  # bytes of sums (or of dy) that a task keeps in the second-level cache
 BLOCKS = 4  # batch blocks that share one gather of the weights
-SLACK = ROWS * LANES  # slots beyond the last that a unit's values may touch
 COST = {4: 0.31, 2: 0.35, 1: 0.45}  # V -> measured ns a vector: fewer lanes pay more for the broadcast
 
 
@@ -301,7 +296,7 @@ class _Call:
         self.width = _widths(batch)
         self.block = block_of(K, blocks)
         self.index = (panels, blocks, quads, self.block)
-        self.workers = threads() if columns.numel() * batch >= SERIAL else 1
+        self.workers = threads() if columns.numel() * max(batch, LANES) >= SERIAL else 1
         self.size = 8 if dtype == torch.float64 else 4
         self.lanes = len(self.width) * LANES
         *self.plan, self.tasks = _plan(batch, self.lanes, panels, quads * ROWS, self.size, self.workers, split_batch)
@@ -314,6 +309,13 @@ class _Call:
         elements = blocks * self.lanes * (self.block + rows) + gathers * (rows * self.block + SLACK)
         bytes_each = -(-elements * self.size // 64) * 64 + 64 + -(-8 * rows // 64) * 64
         return torch.empty(self.workers * bytes_each, dtype=torch.uint8), bytes_each
+
+
+def _few(units: Tensor, columns: Tensor, K: int) -> tuple[tuple[int, int, int, int], int]:
+    """The index's sizes, and the workers, for few batch rows."""
+    panels, blocks, quads = units.shape[:3]
+    workers = min(threads(), panels) if columns.numel() >= SERIAL_FEW else 1
+    return (panels, blocks, quads, block_of(K, blocks)), workers
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -330,7 +332,11 @@ def multiply(
     if not y.numel():
         return y
     x = _readable(x)
-    bias_at = 0 if bias is None else bias.contiguous().data_ptr()
+    bias = None if bias is None else bias.contiguous()
+    bias_at = 0 if bias is None else bias.data_ptr()
+    if B <= FEW:
+        multiply_few(x, source, bias_at, y, units, columns, *_few(units, columns, K))
+        return y
     call = _Call(units, columns, B, K, x.dtype, split_batch=True)
     scratch, bytes_each = call.scratch(gathers=True)
     shared = (
@@ -348,6 +354,9 @@ def correlate(dy: Tensor, x: Tensor, target: tuple[int, ...], units: Tensor, col
     """dy (B, N) transposed times x (B, K) at the survivors of the index, written to `target` (survivors.py); B > 0."""
     (B, N), K = dy.shape, x.shape[1]
     dy, x = _readable(dy), _readable(x)
+    if B <= FEW:
+        correlate_few(dy, x, target, units, columns, *_few(units, columns, K))
+        return
     call = _Call(units, columns, B, K, x.dtype, split_batch=False)
     scratch, bytes_each = call.scratch(gathers=False)
     slots = columns.numel()

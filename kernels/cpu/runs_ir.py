@@ -26,15 +26,16 @@ _I64 = ir.IntType(64)
 _HALF = LANES // 2
 
 
-def _live(builder: Any, count: Any) -> Any:
-    """Lanes below `count`."""
-    nothing = ir.Constant(ir.VectorType(_I64, LANES), ir.Undefined)
-    first = builder.insert_element(nothing, count, ir.Constant(ir.IntType(32), 0))
-    every = shuffled(builder, first, nothing, [0] * LANES)
-    return builder.icmp_signed("<", ir.Constant(every.type, list(range(LANES))), every)
+def live_lanes(builder: Any, count: Any) -> Any:
+    """Lanes below `count`, an int64 of any value: as a word of bits, since a comparison of 16 counts costs more."""
+    zero, most = ir.Constant(_I64, 0), ir.Constant(_I64, LANES)
+    count = builder.select(builder.icmp_signed("<", count, zero), zero, count)
+    count = builder.select(builder.icmp_signed("<", count, most), count, most)
+    ones = builder.sub(builder.shl(ir.Constant(_I64, 1), count), ir.Constant(_I64, 1))
+    return builder.bitcast(builder.trunc(ones, ir.IntType(LANES)), ir.VectorType(ir.IntType(1), LANES))
 
 
-def _masked(builder: Any, operation: str, element: ir.Type, result: ir.Type, arguments: list[Any]) -> Any:
+def masked_call(builder: Any, operation: str, element: ir.Type, result: ir.Type, arguments: list[Any]) -> Any:
     suffix = f"i{element.width}" if isinstance(element, ir.IntType) else f"f{8 * element_size(element)}"
     kind = ir.FunctionType(result, [a.type for a in arguments])
     name = f"llvm.masked.{operation}.v{LANES}{suffix}.p0"
@@ -61,9 +62,11 @@ def interleave(typingctx: Any, lines: Any, counts: Any, out: Any) -> Any:
             kind = ir.VectorType(element, LANES)
             none = ir.Constant(kind, [0 if isinstance(element, ir.IntType) else 0.0] * LANES)
             align = ir.Constant(ir.IntType(32), element_size(element))
-            live = _live(builder, builder.extract_value(numbers, r))
+            live = live_lanes(builder, builder.extract_value(numbers, r))
             where = builder.bitcast(source, kind.as_pointer())
-            rows.append(widen(builder, _masked(builder, "load", element, kind, [where, align, live, none]), storage))
+            rows.append(
+                widen(builder, masked_call(builder, "load", element, kind, [where, align, live, none]), storage)
+            )
         even, odd = _alternate(builder, rows[0], rows[2]), _alternate(builder, rows[1], rows[3])
         vectors = [v for x, y in zip(even, odd, strict=True) for v in _alternate(builder, x, y)]
         for i, vector in enumerate(vectors):
@@ -93,8 +96,8 @@ def separate(typingctx: Any, source: Any, lines: Any, counts: Any) -> Any:
             row = narrow(builder, row, storage)
             where = builder.bitcast(builder.extract_value(pointers, r), row.type.as_pointer())
             align = ir.Constant(ir.IntType(32), element_size(row.type.element))
-            live = _live(builder, builder.extract_value(numbers, r))
-            _masked(builder, "store", row.type.element, ir.VoidType(), [row, where, align, live])
+            live = live_lanes(builder, builder.extract_value(numbers, r))
+            masked_call(builder, "store", row.type.element, ir.VoidType(), [row, where, align, live])
         return ctx.get_dummy_value()
 
     return types.void(source, lines, counts), codegen

@@ -45,14 +45,14 @@ def _like(value: Any, scalar: ir.Type) -> ir.Type:
     return ir.VectorType(scalar, value.type.count) if isinstance(value.type, ir.VectorType) else scalar
 
 
-def _filled(kind: ir.Type, value: int) -> ir.Constant:
+def filled(kind: ir.Type, value: float) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
 
 
 def widen(builder: Any, value: Any, storage: Any) -> Any:
     if storage == types.uint16:
         wide = builder.zext(value, _like(value, _I32))
-        return builder.bitcast(builder.shl(wide, _filled(wide.type, 16)), _like(value, ir.FloatType()))
+        return builder.bitcast(builder.shl(wide, filled(wide.type, 16)), _like(value, ir.FloatType()))
     if storage == types.int16:
         return builder.fpext(builder.bitcast(value, _like(value, ir.HalfType())), _like(value, ir.FloatType()))
     return value
@@ -65,7 +65,7 @@ def narrow(builder: Any, value: Any, storage: Any) -> Any:
     if storage != types.uint16:
         return value
     bits = builder.bitcast(value, _like(value, _I32))
-    constant = lambda v: _filled(bits.type, v)  # noqa: E731
+    constant = lambda v: filled(bits.type, v)  # noqa: E731
     high = builder.lshr(bits, constant(16))
     even = builder.add(builder.and_(high, constant(1)), constant(0x7FFF))
     rounded = builder.lshr(builder.add(bits, even), constant(16))
@@ -91,12 +91,12 @@ def shuffled(builder: Any, x: Any, y: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
 
 
-def _splat(builder: Any, scalar: Any) -> Any:
+def splat(builder: Any, scalar: Any) -> Any:
     empty = ir.Constant(_vector(scalar.type), ir.Undefined)
     return shuffled(builder, builder.insert_element(empty, scalar, ir.Constant(_I32, 0)), empty, [0] * LANES)
 
 
-def _fma(builder: Any, x: Any, y: Any, z: Any) -> Any:
+def fused(builder: Any, x: Any, y: Any, z: Any) -> Any:
     suffix = "f32" if x.type.element == ir.FloatType() else "f64"
     function_type = ir.FunctionType(x.type, [x.type] * 3)
     function = cgutils.get_or_insert_function(builder.module, function_type, f"llvm.fma.v{LANES}{suffix}")
@@ -249,7 +249,7 @@ def _zero(kind: ir.VectorType) -> ir.Constant:
     return ir.Constant(kind, [0 if isinstance(kind.element, ir.IntType) else 0.0] * kind.count)
 
 
-class _Loop:
+class Loop:
     """for j in range(first, steps, stride): the body is what is written before end(); `carried` starts as `start`."""
 
     def __init__(self, builder: Any, steps: Any, start: list[Any], first: Any = None, stride: int = 1) -> None:
@@ -299,29 +299,29 @@ def multiply_unit(typingctx: Any, width: Any, columns: Any, values: Any, x: Any,
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, cols, vals, x_tile, y_tile, numbers, n = args
-        lines = _rows(builder, y_tile, numbers, count)
+        lines = unit_rows(builder, y_tile, numbers, count * LANES)
 
         def step(j: Any, sums: list[Any]) -> list[Any]:
             new = []
             base = builder.mul(j, _const(ROWS))
             for r, xs in enumerate(_columns(builder, cols, j, x_tile, count)):
-                value = _splat(builder, builder.load(_at(builder, vals, builder.add(base, _const(r)))))
+                value = splat(builder, builder.load(_at(builder, vals, builder.add(base, _const(r)))))
                 for v in range(count):
                     lanes = vector_at(builder, xs, v * LANES, element, 64)
-                    new.append(_fma(builder, value, lanes, sums[r * count + v]))
+                    new.append(fused(builder, value, lanes, sums[r * count + v]))
             return new
 
         size = ROWS * count
         start = [_zero(_vector(element))] * size
         if count == 1:  # registers to spare: two chains of sums, for even and odd steps
             even = builder.and_(n, _const(-2))
-            pairs = _Loop(builder, even, start * 2, stride=2)
+            pairs = Loop(builder, even, start * 2, stride=2)
             odd = step(builder.add(pairs.j, _const(1)), pairs.carried[size:])
             pairs.end(step(pairs.j, pairs.carried[:size]) + odd)
             start = [builder.fadd(a, b) for a, b in zip(pairs.carried[:size], pairs.carried[size:], strict=True)]
-            loop = _Loop(builder, n, start, first=even)
+            loop = Loop(builder, n, start, first=even)
         else:
-            loop = _Loop(builder, n, start)
+            loop = Loop(builder, n, start)
         loop.end(step(loop.j, loop.carried))
         for i, total in enumerate(
             loop.carried
@@ -344,15 +344,15 @@ def correlate_unit(typingctx: Any, width: Any, columns: Any, sums: Any, x: Any, 
         _, cols, out, x_tile, y_tile, numbers, n = args
         lines = [
             [vector_at(builder, line, v * LANES, element, 64) for v in range(count)]
-            for line in _rows(builder, y_tile, numbers, count)
+            for line in unit_rows(builder, y_tile, numbers, count * LANES)
         ]
-        loop = _Loop(builder, n, [])
+        loop = Loop(builder, n, [])
         products = []
         for line, xs in zip(lines, _columns(builder, cols, loop.j, x_tile, count), strict=True):
             lanes = [vector_at(builder, xs, v * LANES, element, 64) for v in range(count)]
             total = builder.fmul(line[0], lanes[0])
             for v in range(1, count):
-                total = _fma(builder, line[v], lanes[v], total)
+                total = fused(builder, line[v], lanes[v], total)
             products.append(total)
         place = builder.bitcast(_at(builder, out, builder.mul(loop.j, _const(ROWS))), four.as_pointer())
         before = builder.load(place)
@@ -364,24 +364,25 @@ def correlate_unit(typingctx: Any, width: Any, columns: Any, sums: Any, x: Any, 
     return types.void(width, columns, sums, x, y, types.uint32, types.int64), codegen
 
 
-def _rows(builder: Any, tile: Any, numbers: Any, width: int) -> list[Any]:
+def unit_rows(builder: Any, tile: Any, numbers: Any, line: int) -> list[Any]:
+    """Where the four rows of a unit begin in a tile of lines of `line` elements."""
     lines = []
     for r in range(ROWS):
         row = builder.and_(builder.lshr(numbers, ir.Constant(_I32, 8 * r)), ir.Constant(_I32, 255))
-        lines.append(_at(builder, tile, builder.mul(builder.zext(row, _I64), _const(width * LANES))))
+        lines.append(_at(builder, tile, builder.mul(builder.zext(row, _I64), _const(line))))
     return lines
 
 
 def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
     """Four vectors of 16 lanes -> one vector of their four sums."""
-    a, b, c, d = (_fold(builder, v) for v in vectors)
+    a, b, c, d = (folded(builder, v) for v in vectors)
     pairs = lambda x, y, group: builder.fadd(  # noqa: E731
         _zip(builder, x, y, group, high=False), _zip(builder, x, y, group, high=True)
     )
-    return _fold(builder, pairs(pairs(a, b, 1), pairs(c, d, 1), 2))
+    return folded(builder, pairs(pairs(a, b, 1), pairs(c, d, 1), 2))
 
 
-def _fold(builder: Any, x: Any) -> Any:
+def folded(builder: Any, x: Any) -> Any:
     """The higher half of the lanes added to the lower."""
     half = x.type.count // 2
     empty = ir.Constant(x.type, ir.Undefined)

@@ -13,14 +13,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numba.extending import overload
 
 from .jit import jit
 from .runs_ir import interleave, separate
-from .spmm_ir import LANES, ROWS, load, shifted, storage_pointer, store
+from .spmm_ir import LANES, ROWS, load, prefetch, shifted, storage_pointer, store
 from .tiles import ZERO, gather, prefetch_lines, scatter
 
 CACHED = 4 << 20  # weights above which they, or their gradient, are not found in a cache again
+KINDS = {
+    torch.float32: np.zeros(1, np.float32),
+    torch.float64: np.zeros(1, np.float64),
+    torch.bfloat16: np.zeros(1, np.uint16),
+    torch.float16: np.zeros(1, np.int16),
+}
+SLACK = ROWS * LANES  # slots beyond the last that a unit's values may touch
+AHEAD = 48  # values that a row's next but one block begins ahead
 PLACES, STARTS = np.zeros(1, np.int32), np.zeros(1, np.int64)
 DENSE, COMPRESSED = 3, 4  # lengths of the tuples
 
@@ -43,6 +52,8 @@ def _unit(record, cursor, storage):
         shifted(storage, cursor[c]),
         shifted(storage, cursor[d]),
     )
+    for line in lines:  # as many streams as rows: the hardware does not foresee them
+        prefetch(line, AHEAD)
     cursor[a] += counts[0]
     cursor[b] += counts[1]
     cursor[c] += counts[2]

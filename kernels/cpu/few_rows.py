@@ -1,0 +1,228 @@
+"""The products with few batch rows, where lanes over the batch would stay empty: lanes over the slots of the index instead.
+
+Bound by reading values and columns. A task is a panel of rows: its sums are a panel's, so the bits do not depend on threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .jit import jit
+from .lookup_ir import REGISTER_COLUMNS, matvec_unit, outer_unit
+from .spmm_ir import ROWS, compute_pointer, load, shifted, storage_pointer, store
+from .survivors import KINDS, SLACK, STARTS, begin_rows, fetch, leave
+from .tiles import ZERO
+
+FEW = 4  # batch rows; from more on, lanes over the batch cost less
+_BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
+
+
+@jit()
+def header_bytes(panel, block):
+    """Of a worker's cursor, and of a line of a block that a row is made in: multiples of 64."""
+    return (8 * panel + 63) // 64 * 64 + 8 * block
+
+
+@jit()
+def _read_rows(x, strides, rows, columns, padded, tile):
+    """tile[row * padded + column] = x[row, column], 0 beyond the columns."""
+    for b in range(rows):
+        for k in range(columns):
+            store(tile, b * padded + k, load(x, b * strides[0] + k * strides[1]))
+        for k in range(columns, padded):
+            store(tile, b * padded + k, ZERO)
+
+
+@jit()
+def _multiply_panels(
+    wide, kind, tasks, units_at, columns_at, index, x_at, x_strides, source, bias_at, y_at, sizes, scratch
+):
+    panels, blocks, per_panel, block = index
+    B, N, K = sizes
+    panel, padded = per_panel * ROWS, blocks * block
+    units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
+    y, bias = storage_pointer(y_at, kind), storage_pointer(bias_at, kind)
+    cursor = storage_pointer(scratch, STARTS)
+    x_rows = compute_pointer(scratch + header_bytes(panel, block), kind)
+    sums = shifted(x_rows, B * padded)
+    values = shifted(sums, B * panel)
+    _read_rows(storage_pointer(x_at, kind), x_strides, B, K, padded, x_rows)
+    for p in range(tasks[0], tasks[1]):
+        rows = min(N - p * panel, panel)
+        begin_rows(source, p * panel, rows, cursor)
+        for i in range(B * panel):
+            store(sums, i, ZERO)
+        for kb in range(blocks):
+            records = shifted(units, (p * blocks + kb) * per_panel * 4)
+            fetch(source, kind, records, per_panel, columns, p * panel, kb * block, cursor, values)
+            first = np.int64(records[3])
+            for b in range(B):
+                x_block, totals = shifted(x_rows, b * padded + kb * block), shifted(sums, b * panel)
+                for u in range(per_panel):
+                    slot = np.int64(records[4 * u + 3])
+                    steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
+                    matvec_unit(
+                        wide,
+                        shifted(columns, slot),
+                        shifted(values, slot - first),
+                        x_block,
+                        totals,
+                        np.uint32(records[4 * u]),
+                        steps,
+                    )
+        for b in range(B):
+            for i in range(rows):
+                n = p * panel + i
+                total = load(sums, b * panel + i)
+                store(y, b * N + n, total + load(bias, n) if bias_at != 0 else total)
+
+
+@jit()
+def _correlate_panels(
+    wide, kind, tasks, units_at, columns_at, index, dy_at, dy_strides, x_at, x_strides, target, sizes, scratch
+):
+    panels, blocks, per_panel, block = index
+    B, N, K = sizes
+    panel, padded = per_panel * ROWS, blocks * block
+    units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
+    dy = storage_pointer(dy_at, kind)
+    cursor = storage_pointer(scratch, STARTS)
+    x_rows = compute_pointer(scratch + header_bytes(panel, block), kind)
+    dy_rows = shifted(x_rows, B * padded)
+    sums = shifted(dy_rows, B * panel)
+    line = storage_pointer(scratch + header_bytes(panel, 0), kind)
+    _read_rows(storage_pointer(x_at, kind), x_strides, B, K, padded, x_rows)
+    for p in range(tasks[0], tasks[1]):
+        rows = min(N - p * panel, panel)
+        begin_rows(target, p * panel, rows, cursor)
+        corner = shifted(dy, p * panel * dy_strides[1])
+        _read_rows(corner, dy_strides, B, rows, panel, dy_rows)
+        for kb in range(blocks):
+            records = shifted(units, (p * blocks + kb) * per_panel * 4)
+            first = np.int64(records[3])
+            last = 4 * (per_panel - 1)
+            slots = np.int64(records[last + 3]) - first
+            slots += ROWS * np.int64(np.uint32(records[last + 2]) >> np.uint32(16))
+            for s in range(slots):
+                store(sums, s, ZERO)
+            for b in range(B):
+                x_block, factors = shifted(x_rows, b * padded + kb * block), shifted(dy_rows, b * panel)
+                for u in range(per_panel):
+                    slot = np.int64(records[4 * u + 3])
+                    steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
+                    outer_unit(
+                        wide,
+                        shifted(columns, slot),
+                        shifted(sums, slot - first),
+                        x_block,
+                        factors,
+                        np.uint32(records[4 * u]),
+                        steps,
+                    )
+            width = min(block, K - kb * block)
+            leave(target, kind, records, per_panel, columns, sums, p * panel, kb * block, width, cursor, line)
+
+
+@jit(parallel=True)
+def _multiply_parallel(
+    workers,
+    bytes_each,
+    wide,
+    kind,
+    units_at,
+    columns_at,
+    index,
+    x_at,
+    x_strides,
+    source,
+    bias_at,
+    y_at,
+    sizes,
+    scratch,
+):
+    for t in prange(workers):
+        tasks = (index[0] * t // workers, index[0] * (t + 1) // workers)
+        memory = scratch + t * bytes_each
+        _multiply_panels(
+            wide, kind, tasks, units_at, columns_at, index, x_at, x_strides, source, bias_at, y_at, sizes, memory
+        )
+
+
+@jit(parallel=True)
+def _correlate_parallel(
+    workers,
+    bytes_each,
+    wide,
+    kind,
+    units_at,
+    columns_at,
+    index,
+    dy_at,
+    dy_strides,
+    x_at,
+    x_strides,
+    target,
+    sizes,
+    scratch,
+):
+    for t in prange(workers):
+        tasks = (index[0] * t // workers, index[0] * (t + 1) // workers)
+        memory = scratch + t * bytes_each
+        _correlate_panels(
+            wide, kind, tasks, units_at, columns_at, index, dy_at, dy_strides, x_at, x_strides, target, sizes, memory
+        )
+
+
+def _scratch(batch: int, index: tuple[int, int, int, int], size: int, workers: int) -> tuple[Tensor, int]:
+    """Working memory of all workers, and the bytes of each: header, X rows, sums or dY rows, the slots of a panel's block."""
+    _, blocks, quads, block = index
+    panel = quads * ROWS
+    elements = batch * (blocks * block + panel) + panel * block + SLACK
+    bytes_each = -(-(elements * size + 8 * panel + 8 * block) // 64) * 64 + 128
+    return torch.empty(workers * bytes_each, dtype=torch.uint8), bytes_each
+
+
+def multiply_few(
+    x: Tensor,
+    source: tuple[int, ...],
+    bias_at: int,
+    y: Tensor,
+    units: Tensor,
+    columns: Tensor,
+    index: tuple[int, int, int, int],
+    workers: int,
+) -> None:
+    """y (B, N) = x (B, K) W^T + bias for B <= FEW."""
+    sizes = (len(x), y.shape[1], x.shape[1])
+    kind, wide = KINDS[x.dtype], (0,) * (index[3] // REGISTER_COLUMNS)
+    scratch, bytes_each = _scratch(len(x), index, 8 if x.dtype == torch.float64 else 4, workers)
+    shared = (*(units.data_ptr(), columns.data_ptr(), index, x.data_ptr(), x.stride()),)
+    shared += (source, bias_at, y.data_ptr(), sizes, scratch.data_ptr())
+    if workers > 1:
+        _multiply_parallel(workers, bytes_each, wide, kind, *shared)
+    else:
+        _multiply_panels(wide, kind, (0, index[0]), *shared)
+
+
+def correlate_few(
+    dy: Tensor,
+    x: Tensor,
+    target: tuple[int, ...],
+    units: Tensor,
+    columns: Tensor,
+    index: tuple[int, int, int, int],
+    workers: int,
+) -> None:
+    """dy (B, N) transposed times x (B, K) at the survivors, for B <= FEW."""
+    sizes = (len(x), dy.shape[1], x.shape[1])
+    kind, wide = KINDS[x.dtype], (0,) * (index[3] // REGISTER_COLUMNS)
+    scratch, bytes_each = _scratch(len(x), index, 8 if x.dtype == torch.float64 else 4, workers)
+    shared = (*(units.data_ptr(), columns.data_ptr(), index, dy.data_ptr(), dy.stride()),)
+    shared += (x.data_ptr(), x.stride(), target, sizes, scratch.data_ptr())
+    if workers > 1:
+        _correlate_parallel(workers, bytes_each, wide, kind, *shared)
+    else:
+        _correlate_panels(wide, kind, (0, index[0]), *shared)
