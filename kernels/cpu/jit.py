@@ -43,9 +43,14 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
+def is_forked() -> bool:
+    """Whether this is a forked child, where OpenMP's layer would abort or hang."""
+    return os.getpid() != _PID
+
+
 def threads() -> int:
     """Threads for a parallel kernel: torch's number, at most the cores; 1 in a forked child, where the OpenMP layer would abort."""
-    if os.getpid() != _PID:
+    if is_forked():
         return 1
     count = min(torch.get_num_threads(), _MAX_THREADS)
     if count > 1:

@@ -249,7 +249,7 @@ def _lane_sums(typingctx: Any, arguments: Any) -> Any:
     return types.void(types.UniTuple(types.uintp, _ARGUMENTS)), codegen
 
 
-def _with_address(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+def with_address(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     """numba.cfunc (its result has an `address`), cached where jit caches."""
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -265,7 +265,7 @@ def _with_address(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-@_with_address(types.void(*[types.uintp] * _ARGUMENTS))
+@with_address(types.void(*[types.uintp] * _ARGUMENTS))
 def lane_sums(kind, order, mode, address, runs, step_run, steps, stride, lanes, rest, ahead, sums):
     """Add `runs` runs, `step_run` bytes apart, to `sums`: the address of ROWS x LANES float64.
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import carray, int64, prange, uintp
+from numba import carray, int64, prange, types, uintp
 
-from .jit import jit, threads
+from .jit import is_forked, jit, threads
 from .lanes import (
     BFLOAT16,
     FLOAT16,
@@ -27,6 +27,7 @@ from .lanes import (
     SHIFTED,
     call_lane_sums,
     lane_sums,
+    with_address,
 )
 from .moment_records import (
     CARRIED,
@@ -43,6 +44,7 @@ from .moment_records import (
     recenter,
     store,
 )
+from .team import in_team, number, team
 from .vector import pointer
 
 CHUNK = 131072  # values of a task that reads along memory; a task costs a fifth of a microsecond beside them
@@ -53,7 +55,7 @@ ROWS_A_STEP = 32  # of such a task: what is read of them stays in the first-leve
 AHEAD = 12288  # bytes to prefetch ahead; 2048 has 0.9 of its bandwidth, and 0.65 on one thread; 8192 to 65536 are alike
 TASK_COST = 512  # what a task costs beside its values, in values
 SERIAL_COST = 1 << 17  # in values; below this a parallel call costs more than it saves
-NO_LIMIT = 1 << 62
+SHARED_CHANNELS = 256  # more than these are combined in parallel
 BLOCK = 64  # vectors of float64 that are summed before they are added to the rest
 PROBE = 16  # vectors that tell where the values lie
 PROBED = 1 << 16  # bytes of a chunk that are probed first; what is shorter is in the cache if it has to be read again
@@ -68,6 +70,9 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 SEGMENT = 18
 ADDRESS, KIND, SIZE, A, C, I, STEP_A, STEP_C, ACROSS = range(9)  # noqa: E741
 PIECES, LENGTH, CUTS, CHUNKS, COST, FIRST_TASK, FIRST_COST, FIRST_RECORD, FIRST_CHANNEL = range(9, SEGMENT)
+# What the threads of a team are given: integers, and addresses.
+JOB = 12
+ME, TEAM, READ, ORDER, WORKERS, PLAN, TENSORS, RECORDS, CORRECTION, COUNTS, RESULTS, COMBINES = range(JOB)
 
 
 @jit(error_model="numpy")
@@ -272,27 +277,63 @@ def _combine_share(plan, order, correction, start, end, records, counts, values)
 
 
 @jit(error_model="numpy")
-def _serial(tensors, read, order, correction, limit, channels, counts_at, values_at):
-    """All of it, if it costs at most `limit`; whether it did. Addresses, since array arguments take longer to pass."""
-    plan = _plan(tensors)
-    if plan[-1, FIRST_COST] > limit:
-        return False
+def _results(channels, counts_at, values_at):
+    """Arrays at addresses, since array arguments take longer to pass."""
     counts = carray(pointer(uintp(counts_at), np.int64), (2, channels))
-    values = carray(pointer(uintp(values_at), np.float64), (VALUES, channels))
+    return counts, carray(pointer(uintp(values_at), np.float64), (VALUES, channels))
+
+
+@with_address(types.void(types.uintp))
+def _share(data):
+    """What one thread of a team does; `data` is the address of what `_together` lays out."""
+    job = carray(pointer(data, np.int64), (JOB,))
+    me, team = number(uintp(job[ME])), number(uintp(job[TEAM]))
+    plan = carray(pointer(uintp(job[PLAN]), np.int64), (job[TENSORS] + 1, SEGMENT))
+    records = carray(pointer(uintp(job[RECORDS]), np.float64), (RECORD, plan[-1, FIRST_RECORD]))
+    correction = carray(pointer(uintp(job[CORRECTION]), np.float64), (1,))[0]
+    channels, workers = plan[-1, FIRST_CHANNEL], job[WORKERS]
+    counts, values = _results(channels, job[COUNTS], job[RESULTS])
+    for worker in range(me, workers, team):  # fewer threads than asked for may have come
+        if job[COMBINES]:
+            start, end = channels * worker // workers, channels * (worker + 1) // workers
+            _combine_share(plan, job[ORDER], correction, start, end, records, counts, values)
+        else:
+            _read_share(plan, job[READ], job[ORDER], worker, workers, records)
+
+
+@jit(error_model="numpy")
+def _moments(tensors, read, order, correction, workers, team, share, channels, counts_at, values_at):
+    """All of it; False, with nothing done, if it should be shared and there is no team."""
+    plan = _plan(tensors)
     records = np.empty((RECORD, plan[-1, FIRST_RECORD]))
-    _read_share(plan, read, order, int64(0), int64(1), records)
+    counts, values = _results(channels, counts_at, values_at)
+    if workers > 1 and plan[-1, FIRST_COST] > SERIAL_COST:
+        if team[0] == 0:
+            return False
+        job, corrections = np.zeros(JOB, np.int64), np.full(1, correction)
+        job[ME], job[TEAM], job[READ], job[ORDER], job[WORKERS] = team[1], team[2], read, order, workers
+        job[PLAN], job[TENSORS], job[RECORDS] = plan.ctypes.data, len(tensors), records.ctypes.data
+        job[CORRECTION], job[COUNTS], job[RESULTS] = corrections.ctypes.data, counts_at, values_at
+        in_team(uintp(team[0]), uintp(share), uintp(job.ctypes.data), uintp(workers))
+        if channels > SHARED_CHANNELS:
+            job[COMBINES] = 1
+            in_team(uintp(team[0]), uintp(share), uintp(job.ctypes.data), uintp(workers))
+            return True
+    else:
+        _read_share(plan, read, order, int64(0), int64(1), records)
     _combine_share(plan, order, correction, int64(0), channels, records, counts, values)
     return True
 
 
 @jit(error_model="numpy", parallel=True)
-def _parallel(tensors, read, order, correction, workers, counts, values):
+def _parallel(tensors, read, order, correction, workers, channels, counts_at, values_at):
+    """The same on Numba's threads."""
     plan = _plan(tensors)
     records = np.empty((RECORD, plan[-1, FIRST_RECORD]))
+    counts, values = _results(channels, counts_at, values_at)
     for worker in prange(workers):
         _read_share(plan, read, order, int64(worker), int64(workers), records)
-    channels = counts.shape[1]
-    sharers = workers if channels > 256 else 1
+    sharers = workers if channels > SHARED_CHANNELS else 1
     for worker in prange(sharers):
         start, end = channels * worker // sharers, channels * (worker + 1) // sharers
         _combine_share(plan, order, correction, int64(start), int64(end), records, counts, values)
@@ -308,10 +349,7 @@ def moments(
     counts = torch.empty((2, channels), dtype=torch.int64)
     values = torch.empty((VALUES, channels), dtype=torch.float64)
     results = channels, counts.data_ptr(), values.data_ptr()
-    if not _serial(numbers, read, order, correction, SERIAL_COST, *results):
-        workers = threads()
-        if workers > 1:
-            _parallel(numbers, read, order, correction, workers, counts.numpy(), values.numpy())
-        else:
-            _serial(numbers, read, order, correction, NO_LIMIT, *results)
+    workers = 1 if is_forked() else torch.get_num_threads()
+    if not _moments(numbers, read, order, correction, workers, team(), _share.address, *results):
+        _parallel(numbers, read, order, correction, threads(), *results)
     return counts, values
