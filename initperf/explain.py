@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from initperf.candidates import Candidate, Surroundings, candidates
 from initperf.checkpoint import read_tensors
 from initperf.checks import FLOATS, InitPerfTypeError, check, fail
 from initperf.expectation import disagreement, expected
-from initperf.fit import Facts, facts_of, log_likelihood, rejected, without_zeros
+from initperf.fit import Facts, facts_of, log_likelihood, rejected, without_clamped, without_zeros
+from initperf.posterior import NUMBER, Case, Fit, most_probable
 from initperf.schemes import Init
 from initperf.stats import Moments, moments
 from initperf.structured import structured
@@ -27,7 +28,6 @@ from initperf.structured import structured
 TRAINED = "trained, unknown"
 ANY_SCALE = 10_000  # values from which a normal or uniform of a scale that no scheme has is named so
 _TOO_FEW = 20
-_ROUNDS = 10  # of expectation and maximization
 
 
 @dataclass
@@ -48,13 +48,6 @@ class Finding:
     evidence: str = ""
     disagreement: str | None = None
     init: Init | None = None
-
-
-class _Fit(NamedTuple):
-    """A candidate that no test rejects, and its log likelihood."""
-
-    candidate: Candidate
-    likelihood: float
 
 
 @dataclass
@@ -107,7 +100,10 @@ def describe(model: nn.Module | Mapping[str, Tensor], expect: Mapping[str, str |
     around = _surroundings(kept)
     own = _own(model)
     results = [_explain(n, t, _hypotheses(n, t, kept, around, own.get(n))) for n, t in kept.items()]
-    _choose(results)
+    cases = [(finding, Case(finding.name, finding.shape, fits)) for finding, fits in results if fits]
+    for (finding, case), ranked in zip(cases, most_probable([case for _, case in cases]), strict=True):
+        finding.scheme, *finding.others = ranked
+        finding.init = next(fit.candidate.init for fit in case.fits if fit.candidate.scheme == ranked[0])
     for finding, _ in results:
         if finding.name in wanted:
             finding.disagreement = disagreement(finding, kept[finding.name], wanted[finding.name])
@@ -123,8 +119,8 @@ def _surroundings(tensors: Mapping[str, Tensor]) -> Surroundings:
     """Depths: how many layers each numbered list in the names has. Width: the commonest size among the matrices."""
     lists: dict[str, int] = {}
     for name in tensors:
-        for match in re.finditer(r"(?<![^.])\d+(?![^.])", name):
-            stem = re.sub(r"(?<![^.])\d+(?![^.])", "*", name[: match.start()])
+        for match in NUMBER.finditer(name):
+            stem = NUMBER.sub("*", name[: match.start()])
             lists[stem] = max(lists.get(stem, 0), int(match[0]) + 1)
     depths = [depth for depth, _ in Counter(lists.values()).most_common(4)]
     sizes = Counter(size for t in tensors.values() if t.dim() == 2 for size in t.shape)
@@ -161,8 +157,8 @@ def _differs(a: Init, b: Init) -> bool:
     )
 
 
-def _explain(name: str, tensor: Tensor, hypotheses: list[Candidate]) -> tuple[Finding, list[_Fit]]:
-    """The finding, and all schemes that fit, of which _choose takes one."""
+def _explain(name: str, tensor: Tensor, hypotheses: list[Candidate]) -> tuple[Finding, list[Fit]]:
+    """The finding, and all schemes that fit."""
     found = moments(tensor)
     finding = _measured(name, tensor, found)
     if int(found.nonfinite):
@@ -173,11 +169,13 @@ def _explain(name: str, tensor: Tensor, hypotheses: list[Candidate]) -> tuple[Fi
         finding.scheme, finding.evidence = special
         return finding, []
     dense, note = without_zeros(tensor, float(found.zeros))
+    dense, clamped = without_clamped(dense, found)
+    note += clamped
     facts = facts_of(dense, found if dense is tensor else moments(dense), tensor.dtype)
     if facts.n < _TOO_FEW:
         finding.scheme, finding.evidence = "unknown", f"{facts.n} values are too few to tell"
         return finding, []
-    fitting = [_Fit(c, log_likelihood(c.init, facts)) for c in hypotheses if rejected(c.init, facts) is None]
+    fitting = [Fit(c, log_likelihood(c.init, facts)) for c in hypotheses if rejected(c.init, facts) is None]
     if fitting:
         finding.evidence = f"{_text(facts)}{note}"
         return finding, fitting
@@ -216,32 +214,3 @@ def _of_any_scale(facts: Facts) -> tuple[str, str, Init | None]:
     if reasons[0] is None or reasons[1] is None:
         return "unknown", f"{_text(facts)}: too few to tell a scale of no known scheme from training", None
     return TRAINED, f"no scheme fits; as a normal: {reasons[0]}", None
-
-
-def _choose(results: list[tuple[Finding, list[_Fit]]]) -> None:
-    """Of several schemes that fit a tensor, the most probable.
-
-    A tensor's scheme has the probability share(scheme) * exp(log likelihood - rank among those that fit), normalized;
-    share(scheme) is the mean of these over the model's tensors: expectation and maximization from equal shares.
-    """
-    open_cases = [(finding, fitting) for finding, fitting in results if fitting]
-    share = Counter({f.candidate.scheme: 1.0 for _, fitting in open_cases for f in fitting})
-    posteriors: list[dict[str, float]] = []
-    for _ in range(_ROUNDS):
-        posteriors = [_posterior(fitting, share) for _, fitting in open_cases]
-        share = Counter(dict.fromkeys(share, 1e-6))
-        for posterior in posteriors:
-            share.update(posterior)
-    for (finding, fitting), posterior in zip(open_cases, posteriors, strict=True):
-        ranked = sorted(posterior, key=lambda s: -posterior[s])
-        finding.scheme, finding.others = ranked[0], ranked[1:]
-        finding.init = next(f.candidate.init for f in fitting if f.candidate.scheme == ranked[0])
-
-
-def _posterior(fitting: list[_Fit], share: Mapping[str, float]) -> dict[str, float]:
-    scores: dict[str, float] = {}
-    for rank, (candidate, likelihood) in enumerate(fitting):
-        scores.setdefault(candidate.scheme, likelihood - rank + math.log(share[candidate.scheme]))
-    best = max(scores.values())
-    weights = {scheme: math.exp(max(score - best, -700)) for scheme, score in scores.items()}
-    return {scheme: weight / sum(weights.values()) for scheme, weight in weights.items()}

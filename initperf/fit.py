@@ -54,6 +54,24 @@ def without_zeros(tensor: Tensor, zeros: float) -> tuple[Tensor, str]:
     return tensor, ""
 
 
+def without_clamped(tensor: Tensor, found: Moments) -> tuple[Tensor, str]:
+    """The tensor without the few values that torch's and timm's trunc_normal_ put on a bound, +-2 if not given, far outside.
+
+    They draw float32 u from [-1, 1) and take erfinv(u): -1, one value in 2^24, gives -inf, which they clamp to the bound.
+    """
+    low, high, std = float(found.min), float(found.max), float(found.std)
+    on_bound = [bound for bound, end in ((-2.0, low), (2.0, high)) if end == bound and std < 0.1]
+    if not on_bound:
+        return tensor, ""
+    clamped = torch.stack([tensor == bound for bound in on_bound]).any(0)
+    count = int(clamped.sum())
+    if count > 5 + (tensor.numel() >> 20):
+        return tensor, ""
+    return tensor[
+        ~clamped
+    ], f"; {count} at {' and '.join(f'{b:g}' for b in on_bound)}, where torch's trunc_normal_ clamps"
+
+
 def facts_of(tensor: Tensor, found: Moments, dtype: torch.dtype) -> Facts:
     flat = tensor.reshape(-1)
     step = max(1, len(flat) // SAMPLED)
