@@ -247,12 +247,22 @@ def export(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
     check: Annotated[bool, typer.Option(help="Compare the compiled kernels with the reference.")] = True,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure from which density on sparse kernels pay here, and keep it.")
+    ] = False,
 ) -> None:
-    """Show versions, devices, which backend runs each op, and what is missing and how to get it."""
+    """Show versions, devices, which backend runs each op, from which density on it pays, and what is missing and how to get it."""
     from initperf.doctor import examine, tables
     from initperf.terminal import open_console, show
 
     console = open_console()
+    if calibrate:
+        from rich.progress import track
+
+        from initperf.calibrate import STEPS, steps
+
+        for _ in track(steps(), "timing sparse and dense products", total=STEPS, console=console, disable=as_json):
+            pass
     if as_json:
         found = examine(check)
         typer.echo(json.dumps(found, indent=2))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from initperf import __version__, ops, rng
+from initperf import __version__, choice, ops, rng
 from initperf.findings import NONE, Table, joined, percent, size
 from initperf.selfcheck import agrees
 
@@ -41,7 +41,7 @@ def examine(check: bool = True) -> dict[str, Any]:
         "threads": {"torch": torch.get_num_threads(), "numba": _numba_threads()},
         "gpus": _gpus(),
         "ops": {name: _op(name, check) for name in sorted(ops.MODULES)},
-        "sparse_below_density": _break_even(),
+        "break_even": _break_even(),
         "cache": _cache(),
     }
     found["advice"] = _advice(found)
@@ -132,19 +132,37 @@ def _op(name: str, check: bool) -> dict[str, Any]:
     return found
 
 
-def _break_even() -> dict[str, float]:
-    """Density below which MaskedLinear runs the sparse kernel on the CPU, by batch rows: float32, a 1024 x 1024 weight."""
-    from initperf.masked_ops import choose
+def _break_even() -> dict[str, Any]:
+    """Densities below which the sparse kernels run on the CPU: float32, by product, batch rows and weights of a layer."""
+    threads = torch.get_num_threads()
+    return {
+        "measured_here": choice.measured(threads) is not None,
+        "threads": threads,
+        "rows": choice.ROWS,
+        "weights": choice.WEIGHTS,
+        "products": {
+            kind: [
+                [choice.break_even(kind, rows, weights, 4, threads) for weights in choice.WEIGHTS]
+                for rows in choice.ROWS
+            ]
+            for kind in choice.KINDS
+        },
+    }
 
-    shape, found = torch.Size((1024, 1024)), {}
-    for rows in (1, 16, 64, 256):
-        low, high = 0, shape.numel()  # survivors: sparse at low, dense at high
-        while high - low > 1:
-            middle = (low + high) // 2
-            pattern = [torch.empty(middle, device="meta")] * 2
-            low, high = (middle, high) if choose(rows, shape, torch.float32, "cpu", pattern) else (low, middle)
-        found[str(rows)] = low / shape.numel()
-    return found
+
+def _break_even_table(found: dict[str, Any]) -> Table:
+    heads = ["product", "batch", *(f"{weights:,} weights" for weights in found["weights"])]
+    lines = [
+        [kind, str(rows), *(percent(limit) for limit in limits)]
+        for kind, by_rows in found["products"].items()
+        for rows, limits in zip(found["rows"], by_rows, strict=True)
+    ]
+    origin = (
+        f"measured on this machine with {found['threads']} threads"
+        if found["measured_here"]
+        else "built in and cautious: `initperf doctor --calibrate` measures this machine's in less than a minute"
+    )
+    return Table("Sparse kernels run below these densities (float32)", heads, lines, [f"The figures are {origin}."])
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
@@ -199,16 +217,13 @@ def tables(found: dict[str, Any]) -> list[Table]:
         [name, op["backend"]["cpu"], op["backend"].get("cuda", NONE), op.get("error") or words[op["equal"]]]
         for name, op in found["ops"].items()
     ]
-    limits = ", ".join(f"{percent(d)} (batch {rows})" for rows, d in found["sparse_below_density"].items())
-    notes = [
-        f"The masked products run as sparse kernels on the CPU below these densities, as dense ones above: {limits}."
-    ]
     return [
         Table("This machine", ["", ""], about, []),
         Table(
             "Ops",
             ["op", "CPU", "GPU", "equals the reference"],
             rows,
-            notes + (found["advice"] or ["Nothing is missing."]),
+            found["advice"] or ["Nothing is missing."],
         ),
+        _break_even_table(found["break_even"]),
     ]

@@ -17,39 +17,19 @@ import torch
 from torch import Tensor
 
 from initperf import ops
+from initperf.choice import sparse_pays
 from initperf.reference import masked_matmul as reference
 
 _DENSE = {"cpu": "mkl", "cuda": "cublas"}
-
-# Multiply-adds a dense product does in the time of one at a survivor, by batch rows: dense runs where density x this
-# reaches 1. Measured on one machine; tables of the machine at hand are to replace them.
-_COST = ((4, 12.0), (16, 8.0), (32, 4.0), (1 << 62, 3.0))
-_COST_HALF = 2.0  # how much faster 16-bit dense products are
-_SMALL = 1 << 14  # weights under which the calls cost more than the products
-
-
-def choose(
-    rows: int, shape: torch.Size, dtype: torch.dtype, device: str, pattern: list[Tensor], *, masks: bool = True
-) -> bool:
-    """Whether our kernel runs, or the dense product: the one place that decides.
-
-    rows: of the batch; shape: of the weight; masks: the dense product would have to mask an operand or its result.
-    """
-    if not pattern or device == "cuda":
-        return bool(pattern) and masks
-    weights = shape.numel()
-    if weights <= _SMALL:
-        return False
-    cost = next(cost for limit, cost in _COST if rows <= limit)
-    if dtype.itemsize == 2:
-        cost *= _COST_HALF
-    return pattern[1].numel() * cost < weights
 
 
 def _run(name: str, rows: int, like: Tensor, mask: Tensor, pattern: list[Tensor], *args: Any) -> Tensor:
     device = like.device.type
     dense = _dense(name, device)
-    if dense is None or choose(rows, mask.shape, like.dtype, device, pattern, masks=args[-1] is not True):
+    if dense is None or (
+        pattern
+        and sparse_pays(name, rows, mask.shape, pattern[1].numel(), like.dtype, device, masks=args[-1] is not True)
+    ):
         return ops.implementation(name, device)(*args)
     ops.CALLS[name, _DENSE[device]] += 1
     return dense(*args)

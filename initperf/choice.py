@@ -1,0 +1,163 @@
+"""Sparse kernel or dense product: the one place that decides, from break-even densities measured on the machine at hand.
+
+`initperf doctor --calibrate` measures a table and keeps it for this processor, number of threads and version of the kernels
+(initperf/calibrate.py); without one the built-in table counts, the lower figures of two machines. A table says, by product,
+bytes of an element, batch rows and weights of a layer, from which density down the sparse kernel is faster.
+Overrides: INITPERF_PRODUCTS=sparse or dense in the environment, or `with prefer("dense"):`. What ran is counted in
+initperf.ops.CALLS, and logged by the logger "initperf" at level DEBUG.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from initperf.checks import check, fail
+
+KINDS = (  # the products of a masked layer, then those of a compressed one
+    "masked_linear",
+    "masked_grad_input",
+    "masked_grad_weight",
+    "sparse_linear",
+    "sparse_grad_input",
+    "sparse_grad_values",
+)
+ROWS = (1, 4, 16, 64, 256)  # batch rows
+WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22)  # of a layer
+MOST = 0.7  # density from which no index is built (initperf/pattern.py)
+MODES = ("auto", "sparse", "dense")
+
+Table = dict[str, list[list[float]]]  # "kind/bytes of an element" -> [rows][weights] -> break-even density
+
+_log = logging.getLogger("initperf")
+_mode = os.environ.get("INITPERF_PRODUCTS", "auto")
+check(_mode in MODES, f"INITPERF_PRODUCTS to be one of {', '.join(MODES)}", _mode)
+
+
+def sparse_pays(
+    kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype, device: str, *, masks: bool = True
+) -> bool:
+    """Whether the sparse kernel runs for `kind` (of KINDS), or the dense product.
+
+    rows: of the batch; shape: (N, K) of the weight; nnz: survivors; masks: on a GPU, whether the dense product would have to
+    mask an operand or its result, which our kernels do in passing.
+    """
+    if _mode != "auto":
+        return _mode == "sparse"
+    if device != "cpu":
+        return masks or kind.startswith("sparse")
+    weights = shape[0] * shape[1]
+    return nnz < weights * break_even(kind, rows, weights, dtype.itemsize, torch.get_num_threads())
+
+
+@contextmanager
+def prefer(mode: str) -> Iterator[None]:
+    """Within the block "sparse" or "dense" products run wherever both exist, whatever the table says; "auto": as measured."""
+    global _mode
+    if mode not in MODES:
+        fail(f"mode to be one of {', '.join(MODES)}", repr(mode))
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+@lru_cache(maxsize=4096)
+def break_even(kind: str, rows: int, weights: int, itemsize: int, threads: int) -> float:
+    """Density below which the sparse kernel is the faster, interpolated in the logarithms of rows and weights."""
+    table = tables(threads)
+    found = table[f"{kind}/{2 if itemsize == 2 else 4}"]
+    i, x = _between(ROWS, rows)
+    j, y = _between(WEIGHTS, weights)
+    corners = [[found[i + a][j + b] for b in (0, 1)] for a in (0, 1)]
+    result = sum((x if a else 1 - x) * (y if b else 1 - y) * corners[a][b] for a in (0, 1) for b in (0, 1))
+    _log.debug("%s, %d rows, %d weights: sparse below density %.3f", kind, rows, weights, result)
+    return result
+
+
+def _between(grid: Sequence[int], value: int) -> tuple[int, float]:
+    """The interval of the grid that holds `value`, and where in it, by logarithm; the ends are held."""
+    value = min(max(value, grid[0]), grid[-1])
+    for i, (low, high) in enumerate(pairwise(grid)):
+        if value <= high:
+            return i, math.log(value / low) / math.log(high / low)
+    raise AssertionError("unreachable")
+
+
+@cache
+def tables(threads: int) -> Table:
+    """The measured table of this machine, or the built-in one."""
+    found = measured(threads)
+    return found if found is not None else BUILT_IN
+
+
+def measured(threads: int) -> Table | None:
+    """What `initperf doctor --calibrate` kept for this machine and `threads`; None if there is nothing that can be read."""
+    path = table_path(threads)
+    try:
+        table: Any = json.loads(path.read_text())["table"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return table if _is_table(table) else None
+
+
+def _is_table(table: Any) -> bool:
+    return isinstance(table, dict) and all(
+        isinstance(rows := table.get(f"{kind}/{size}"), list)
+        and len(rows) == len(ROWS)
+        and all(len(row) == len(WEIGHTS) and all(0 <= v <= 1 for v in row) for row in rows)
+        for kind in KINDS
+        for size in (4, 2)
+    )
+
+
+@cache
+def table_path(threads: int) -> Path:
+    """Where the table of this processor, number of threads, torch and kernels lies."""
+    if find_spec("numba") is None:
+        return Path("no-numba")
+    from initperf.kernels.cpu.jit import CACHE_DIR
+
+    what = f"{_processor()} {threads} {torch.__version__} {CACHE_DIR.name}"
+    return CACHE_DIR.parent / f"break-even-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line
+    return platform.processor() or platform.machine()
+
+
+def forget() -> None:
+    """Read the tables anew."""
+    tables.cache_clear()
+    break_even.cache_clear()
+
+
+def _built_in(kind: str, size: int) -> list[list[float]]:
+    """By ROWS and WEIGHTS. 16-bit dense products may be several times faster (AMX), so those figures are half."""
+    if kind.startswith("sparse"):  # the dense product would have to fill a dense weight first
+        limits = [[0.4] * len(WEIGHTS) for _ in ROWS]
+    else:
+        limits = [[0.0, 0.0, limit, limit] for limit in (1 / 12, 1 / 12, 1 / 8, 1 / 3, 1 / 3)]
+    return [[limit * (0.5 if size == 2 else 1.0) for limit in row] for row in limits]
+
+
+BUILT_IN: Table = {f"{kind}/{size}": _built_in(kind, size) for kind in KINDS for size in (4, 2)}
