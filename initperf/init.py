@@ -1,7 +1,8 @@
 """torch.nn.init, faster and the same bits everywhere: `from initperf import init` instead of `from torch.nn import init`.
 
 What samples comes from initperf.dropins; what does not is torch's own object. Beyond torch's names:
-initialize, fast_init, describe, describe_file, sample_into and sample_shard_into.
+initialize, fast_init, describe, describe_file, sample_into, sample_shard_into and
+sample_survivors_into.
 """
 
 # ruff: noqa: F401 -- re-exports; __all__ starts from torch's own list
@@ -43,7 +44,7 @@ from initperf.dropins import (
 from initperf.explain import Description, describe, describe_file
 from initperf.model_init import Initialized, initialize
 from initperf.redirect import fast_init
-from initperf.sampling import sample_into, sample_shard_into
+from initperf.sampling import sample_into, sample_shard_into, sample_survivors_into
 from initperf.schemes import Init
 
 __all__ = [
@@ -57,4 +58,5 @@ __all__ = [
     "initialize",
     "sample_into",
     "sample_shard_into",
+    "sample_survivors_into",
 ]
