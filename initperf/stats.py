@@ -9,14 +9,13 @@ from math import prod
 import torch
 
 from . import ops
-from .checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check, check_float_tensor, fail
+from .checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_float_tensor, fail
+from .memory_views import memory_views, reduced_dims
 
 ops.register("moments", module="moments")
 
-Shape = tuple[int, int, int, int, int]  # A, C, I, step of A, step of C: reduced, kept, reduced and contiguous
-SHORT = 64  # runs of values shorter than this are copied together first
-
-_VALUES = ("mean", "var", "skew", "kurtosis", "min", "max", "zeros", "m2", "m3", "m4")
+SCALAR = torch.Size()
+_MEAN, _VAR, _SKEW, _KURTOSIS, _MIN, _MAX, _ZEROS, _M2, _M3, _M4, _COUNT, _NONFINITE = range(12)
 
 
 class Moments:
@@ -28,20 +27,25 @@ class Moments:
     A field has one entry a tensor, or a channel; `result[i]` is the part of tensor i, in the shape that is kept.
     """
 
-    def __init__(self, counts: torch.Tensor, values: torch.Tensor, shapes: list[torch.Size]) -> None:
-        self._counts, self._values, self._shapes = counts, values, shapes
+    def __init__(self, rows: torch.Tensor, shapes: list[torch.Size], shape: torch.Size | None = None) -> None:
+        """rows: float64 (12, channels), as the kernels write them. shapes: of the tensors. shape: of every field."""
+        self._rows, self._shapes, self._shape = rows, shapes, shape
 
-    count = property(lambda self: self._counts[0], doc="Finite values, int64.")
+    def _field(self, row: int) -> torch.Tensor:
+        field = self._rows[row]
+        return field if self._shape is None else field.view(self._shape)
+
+    mean = property(lambda self: self._field(_MEAN))
+    var = property(lambda self: self._field(_VAR))
+    skew = property(lambda self: self._field(_SKEW))
+    kurtosis = property(lambda self: self._field(_KURTOSIS))
+    min = property(lambda self: self._field(_MIN))
+    max = property(lambda self: self._field(_MAX))
+    zeros = property(lambda self: self._field(_ZEROS), doc="Fraction of the finite values that are 0 or -0.")
+    count = property(lambda self: self._field(_COUNT).long(), doc="Finite values, int64.")
     nonfinite = property(
-        lambda self: self._counts[1], doc="Values that are NaN or infinite, int64; left out of all else."
+        lambda self: self._field(_NONFINITE).long(), doc="Values that are NaN or infinite, int64; left out of all else."
     )
-    mean = property(lambda self: self._values[0])
-    var = property(lambda self: self._values[1])
-    skew = property(lambda self: self._values[2])
-    kurtosis = property(lambda self: self._values[3])
-    min = property(lambda self: self._values[4])
-    max = property(lambda self: self._values[5])
-    zeros = property(lambda self: self._values[6], doc="Fraction of the finite values that are 0 or -0.")
 
     @property
     def std(self) -> torch.Tensor:
@@ -53,12 +57,12 @@ class Moments:
         self._check_power(k)
         if k < 2:
             return self.mean * 0 + (1 - k)
-        return self._values[5 + k]
+        return self._field(_M2 + k - 2)
 
     def raw(self, k: int) -> torch.Tensor:
         """E[x^k], k = 0 to 4."""
         self._check_power(k)
-        mean, m2, m3, m4 = self.mean, *self._values[7:]
+        mean, m2, m3, m4 = (self._field(row) for row in (_MEAN, _M2, _M3, _M4))
         if k == 0:
             return mean * 0 + 1
         if k == 1:
@@ -77,8 +81,7 @@ class Moments:
         if not -len(ends) <= i < len(ends):
             raise IndexError(f"Expected an index below {len(ends)}, the number of tensors. Got {i}.")
         shape, end = self._shapes[i], ends[i]
-        part = slice(end - prod(shape), end)
-        return Moments(self._counts[:, part].view(2, *shape), self._values[:, part].view(-1, *shape), [shape])
+        return Moments(self._rows[:, end - prod(shape) : end], [shape], shape)
 
     def __repr__(self) -> str:
         fields = ("count", "mean", "var", "skew", "kurtosis", "min", "max", "zeros", "nonfinite")
@@ -113,28 +116,26 @@ def moments(
     if not isinstance(correction, (int, float)):
         fail("correction to be a number", type(correction).__name__, kind=InitPerfTypeError)
     device = listed[0].device
+    views, shapes, kept = [], [], []
     for i, x in enumerate(listed):
         if x.dtype not in FLOATS:
             check_float_tensor(x, f"tensors[{i}]")
         if x.device != device:
             fail(f"all tensors on one device ({device})", f"tensors[{i}] on {x.device}", kind=InitPerfRuntimeError)
-        if x.layout != torch.strided:
+        if x.layout is not torch.strided:
             fail(f"tensors[{i}] to be dense (layout torch.strided)", x.layout, kind=InitPerfRuntimeError)
-
-    seen, shapes, kept = [], [], []
-    for x in listed:
         if dim is None and x.is_contiguous():
-            seen.append(x)
+            views.append(x)
             shapes.append((1, 1, x.numel(), 0, 0))
-            kept.append(torch.Size())
-            continue
-        memory, shape, keep = _view(x, dim)
-        seen.append(memory)
-        shapes.append(shape)
-        kept.append(keep)
-    counts, values = ops.implementation("moments", device.type)(seen, shapes, order, float(correction))
-    result = Moments(counts, values, kept)
-    return result[0] if single else result
+            kept.append(SCALAR)
+        else:
+            reduced = reduced_dims(x, dim)
+            kept.append(torch.Size([n for d, n in enumerate(x.shape) if d not in reduced]))
+            for memory, shape in memory_views(x, reduced):
+                views.append(memory)
+                shapes.append(shape)
+    rows = ops.implementation("moments", device.type)(views, shapes, order, float(correction))
+    return Moments(rows, kept, kept[0] if single else None)
 
 
 def _listed(tensors: object) -> list[torch.Tensor]:
@@ -148,52 +149,3 @@ def _listed(tensors: object) -> list[torch.Tensor]:
         if not isinstance(x, torch.Tensor):
             fail(f"tensors[{i}] to be a torch.Tensor", type(x).__name__, kind=InitPerfTypeError)
     return tensors
-
-
-def _view(x: torch.Tensor, dim: int | Sequence[int] | None) -> tuple[torch.Tensor, Shape, torch.Size]:
-    """x's memory as (A, C, I), I contiguous, and the kept shape; copied only where no such view exists or runs are short."""
-    x = x.detach()
-    if dim is None:
-        reduced = set(range(x.dim()))
-    else:
-        given = list(dim) if isinstance(dim, Sequence) else [dim]
-        for d in given:
-            if isinstance(d, bool) or not isinstance(d, int):
-                fail("dim to be an int or a sequence of ints", type(d).__name__, kind=InitPerfTypeError)
-            check(
-                -max(x.dim(), 1) <= d < max(x.dim(), 1), f"dim to be within the {x.dim()} dimensions of the tensor", d
-            )
-        reduced = {d % max(x.dim(), 1) for d in given} or set(range(x.dim()))
-    keep = torch.Size(n for d, n in enumerate(x.shape) if d not in reduced)
-
-    inner = (
-        [(x.shape[d], x.stride(d)) for d in sorted(reduced, key=lambda d: x.stride(d)) if x.shape[d] != 1]
-        if x.dim()
-        else []
-    )
-    outer = [(n, x.stride(d)) for d, n in enumerate(x.shape) if d not in reduced and n != 1]
-    run = 1
-    while inner and inner[0][1] == run:  # the reduced dimensions that together are one run of memory
-        run *= inner.pop(0)[0]
-    rows, columns = _merged(sorted(inner, key=lambda p: -p[1])), _merged(outer)
-    if x.numel() and rows is not None and columns is not None:
-        (a, step_a), (c, step_c) = rows, columns
-        if a == 1 or run >= SHORT or (run == 1 and (c == 1 or step_c == 1) and c > 1):
-            return x, (a, c, run, step_a, step_c), keep
-    order = [d for d in range(x.dim()) if d not in reduced] + sorted(reduced)
-    c = prod(keep)
-    n = prod(x.shape[d] for d in reduced) if x.dim() else 1
-    copy = x.permute(order).contiguous() if x.dim() else x
-    return copy, (1, c, n, 0, n), keep
-
-
-def _merged(dims: list[tuple[int, int]]) -> tuple[int, int] | None:
-    """(size, stride) of dimensions, outermost first, as one; None if they are not evenly spaced."""
-    if not dims:
-        return 1, 0
-    size, step = dims[-1]
-    for n, stride in reversed(dims[:-1]):
-        if stride != size * step:
-            return None
-        size *= n
-    return size, step

@@ -25,8 +25,8 @@ def launch(name: str, tensors, shapes, order=4, correction=0.0) -> Moments:
         pytest.importorskip("triton")
         tensors = [x.to("cuda" if torch.cuda.is_available() else "cpu") for x in tensors]
     module = import_module("initperf.reference.moments" if name == "reference" else f"initperf.kernels.{name}.moments")
-    counts, values = module.moments(tensors, shapes, order, correction)
-    return Moments(counts.cpu(), values.cpu(), [torch.Size((shape[1],)) for shape in shapes])
+    rows = module.moments(tensors, shapes, order, correction)
+    return Moments(rows.cpu(), [torch.Size((shape[1],)) for shape in shapes])
 
 
 def flat(x: torch.Tensor) -> tuple[int, int, int, int, int]:
@@ -239,20 +239,20 @@ def test_results_do_not_depend_on_threads_or_on_the_list():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = [moments(x)._values for x in xs]
-        columns = moments(xs[-1], dim=0)._values
+        alone = [moments(x)._rows for x in xs]
+        columns = moments(xs[-1], dim=0)._rows
         torch.set_num_threads(2)
         together = moments(xs)
         for i, want in enumerate(alone):
-            assert torch.equal(bits(together[i]._values), bits(want))
-        assert torch.equal(bits(moments(xs[-1], dim=0)._values), bits(columns))
+            assert torch.equal(bits(together[i]._rows), bits(want))
+        assert torch.equal(bits(moments(xs[-1], dim=0)._rows), bits(columns))
     finally:
         torch.set_num_threads(before)
 
 
 def test_any_order_of_memory_gives_the_same_bits():
     x = torch.randn(70, 90)
-    assert torch.equal(bits(moments(x.T)._values), bits(moments(x)._values))
+    assert torch.equal(bits(moments(x.T)._rows), bits(moments(x)._rows))
 
 
 def test_lower_order_gives_the_same_mean_and_variance():
@@ -327,8 +327,8 @@ def test_the_reference_shape_argument_is_that_of_the_kernels():
     want = launch("reference", [x, y], shapes, correction=1.0)
     for name in ("cpu", "gpu"):
         got = launch(name, [x, y], shapes, correction=1.0)
-        torch.testing.assert_close(got._values, want._values, rtol=1e-11, atol=1e-14)
-        assert torch.equal(got._counts, want._counts)
+        torch.testing.assert_close(got._rows, want._rows, rtol=1e-11, atol=1e-14)
+        assert torch.equal(got._rows[-2:], want._rows[-2:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,21 +9,18 @@ import torch
 Shape = tuple[int, int, int, int, int]  # A, C, I, step of A, step of C, in elements
 
 
-def moments(
-    tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int, correction: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int, correction: float) -> torch.Tensor:
     """The moments of every channel of every tensor; a tensor is seen as (A, C, I), where A and I are reduced, C is kept.
 
     tensors: float32, bfloat16, float16 or float64, on one device, each with the memory that its shape names.
     shapes: A, C, I, step of A, step of C, in elements; the step of I is 1. order: 4, or 2 (NaN for what needs more).
-    Returns counts, int64 (2, channels): finite values, non-finite values; and values, float64 (10, channels): mean, var
-    with `correction`, skew, kurtosis, min, max, fraction of zeros, and the central moments 2, 3 and 4, of the finite.
+    Returns float64 (12, channels): mean, var with `correction`, skew, kurtosis, min, max, fraction of zeros, and the
+    central moments 2, 3 and 4, of the finite values; how many are finite, how many are not.
     """
-    parts = [_channels(x, shape, order, correction) for x, shape in zip(tensors, shapes, strict=True)]
-    return torch.cat([counts for counts, _ in parts], 1), torch.cat([values for _, values in parts], 1)
+    return torch.cat([_channels(x, shape, order, correction) for x, shape in zip(tensors, shapes, strict=True)], 1)
 
 
-def _channels(x: torch.Tensor, shape: Shape, order: int, correction: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _channels(x: torch.Tensor, shape: Shape, order: int, correction: float) -> torch.Tensor:
     a, c, i, step_a, step_c = shape
     x = torch.as_strided(x, (a, c, i), (step_a, step_c, 1)).detach().transpose(0, 1).reshape(c, a * i).double()
     finite = x.isfinite()
@@ -53,4 +50,4 @@ def _channels(x: torch.Tensor, shape: Shape, order: int, correction: float) -> t
     values = torch.stack(rows).masked_fill(none, torch.nan)
     if order == 2:
         values[[2, 3, 8, 9]] = torch.nan
-    return torch.stack([count, a * i - count]).long(), values
+    return torch.cat([values, torch.stack([count, a * i - count])])

@@ -17,7 +17,7 @@ from .vector import full_vectors
 
 RECORD = 8
 N, MEAN, SPREAD, SKEW, KURTOSIS, MIN, MAX, NULLS = range(RECORD)
-VALUES = 10  # rows of the result: mean, var, skew, kurtosis, min, max, zeros, and the central moments 2, 3, 4
+VALUES = 12  # rows of the result, as in initperf/reference/moments.py
 CARRIED = ROWS  # rows of sums of the blocks before
 FOUND = CARRIED + 4  # rows of records
 SUMS = (FOUND + RECORD) * LANES  # size of `sums` below: flat, so that rows lie at distances that LLVM knows
@@ -170,19 +170,19 @@ def _combined(records, first, step, chunks, order):
 
 
 @jit(error_model="numpy")
-def finish(records, first, step, chunks, values_a_channel, order, correction, counts, values, channel):
-    """The results of one channel from its records: counts and values are those of initperf/reference/moments.py."""
+def finish(records, first, step, chunks, values, order, correction, table, channel):
+    """Write column `channel` of the result, from the records of its `values` values."""
     n, zeros, low, high, mean, spread, skew, kurtosis = _combined(records, first, step, chunks, order)
-    counts[0, channel], counts[1, channel] = n, values_a_channel - n
     if n == 0:
-        for row in range(VALUES):
-            values[row, channel] = math.nan
-        return
-    m2 = spread * spread
-    values[0, channel], values[1, channel] = mean, m2 * (n / max(n - correction, 0.0))
-    values[2, channel], values[3, channel] = (skew, kurtosis) if spread > 0 else (math.nan, math.nan)
-    values[4, channel], values[5, channel], values[6, channel] = low, high, zeros / n
-    values[7, channel], values[8, channel], values[9, channel] = m2, skew * m2 * spread, kurtosis * m2 * m2
+        for row in range(VALUES - 2):
+            table[row, channel] = math.nan
+    else:
+        m2 = spread * spread
+        table[0, channel], table[1, channel] = mean, m2 * (n / max(n - correction, 0.0))
+        table[2, channel], table[3, channel] = (skew, kurtosis) if spread > 0 else (math.nan, math.nan)
+        table[4, channel], table[5, channel], table[6, channel] = low, high, zeros / n
+        table[7, channel], table[8, channel], table[9, channel] = m2, skew * m2 * spread, kurtosis * m2 * m2
+    table[10, channel], table[11, channel] = n, values - n
     if order == 2:
         for row in (2, 3, 8, 9):
-            values[row, channel] = math.nan
+            table[row, channel] = math.nan

@@ -71,8 +71,8 @@ SEGMENT = 18
 ADDRESS, KIND, SIZE, A, C, I, STEP_A, STEP_C, ACROSS = range(9)  # noqa: E741
 PIECES, LENGTH, CUTS, CHUNKS, COST, FIRST_TASK, FIRST_COST, FIRST_RECORD, FIRST_CHANNEL = range(9, SEGMENT)
 # What the threads of a team are given: integers, and addresses.
-JOB = 12
-ME, TEAM, READ, ORDER, WORKERS, PLAN, TENSORS, RECORDS, CORRECTION, COUNTS, RESULTS, COMBINES = range(JOB)
+JOB = 11
+ME, TEAM, READ, ORDER, WORKERS, PLAN, TENSORS, RECORDS, CORRECTION, TABLE, COMBINES = range(JOB)
 
 
 @jit(error_model="numpy")
@@ -266,21 +266,20 @@ def _read_share(plan, read, order, worker, workers, records):
 
 
 @jit(error_model="numpy")
-def _combine_share(plan, order, correction, start, end, records, counts, values):
+def _combine_share(plan, order, correction, start, end, records, table):
     t = _segment_of(plan, int64(FIRST_CHANNEL), start)
     for channel in range(start, end):
         while channel >= plan[t + 1, FIRST_CHANNEL]:
             t += 1
         s = plan[t]
         first = s[FIRST_RECORD] + channel - s[FIRST_CHANNEL]
-        finish(records, first, s[C], s[CHUNKS], s[A] * s[I], order, correction, counts, values, channel)
+        finish(records, first, s[C], s[CHUNKS], s[A] * s[I], order, correction, table, channel)
 
 
 @jit(error_model="numpy")
-def _results(channels, counts_at, values_at):
-    """Arrays at addresses, since array arguments take longer to pass."""
-    counts = carray(pointer(uintp(counts_at), np.int64), (2, channels))
-    return counts, carray(pointer(uintp(values_at), np.float64), (VALUES, channels))
+def _table(address, channels):
+    """The result at an address, since an array argument takes longer to pass."""
+    return carray(pointer(uintp(address), np.float64), (VALUES, channels))
 
 
 @with_address(types.void(types.uintp))
@@ -292,28 +291,28 @@ def _share(data):
     records = carray(pointer(uintp(job[RECORDS]), np.float64), (RECORD, plan[-1, FIRST_RECORD]))
     correction = carray(pointer(uintp(job[CORRECTION]), np.float64), (1,))[0]
     channels, workers = plan[-1, FIRST_CHANNEL], job[WORKERS]
-    counts, values = _results(channels, job[COUNTS], job[RESULTS])
+    table = _table(job[TABLE], channels)
     for worker in range(me, workers, team):  # fewer threads than asked for may have come
         if job[COMBINES]:
             start, end = channels * worker // workers, channels * (worker + 1) // workers
-            _combine_share(plan, job[ORDER], correction, start, end, records, counts, values)
+            _combine_share(plan, job[ORDER], correction, start, end, records, table)
         else:
             _read_share(plan, job[READ], job[ORDER], worker, workers, records)
 
 
 @jit(error_model="numpy")
-def _moments(tensors, read, order, correction, workers, team, share, channels, counts_at, values_at):
+def _moments(tensors, read, order, correction, workers, team, share, channels, table_at):
     """All of it; False, with nothing done, if it should be shared and there is no team."""
     plan = _plan(tensors)
     records = np.empty((RECORD, plan[-1, FIRST_RECORD]))
-    counts, values = _results(channels, counts_at, values_at)
+    table = _table(table_at, channels)
     if workers > 1 and plan[-1, FIRST_COST] > SERIAL_COST:
         if team[0] == 0:
             return False
         job, corrections = np.zeros(JOB, np.int64), np.full(1, correction)
         job[ME], job[TEAM], job[READ], job[ORDER], job[WORKERS] = team[1], team[2], read, order, workers
         job[PLAN], job[TENSORS], job[RECORDS] = plan.ctypes.data, len(tensors), records.ctypes.data
-        job[CORRECTION], job[COUNTS], job[RESULTS] = corrections.ctypes.data, counts_at, values_at
+        job[CORRECTION], job[TABLE] = corrections.ctypes.data, table_at
         in_team(uintp(team[0]), uintp(share), uintp(job.ctypes.data), uintp(workers))
         if channels > SHARED_CHANNELS:
             job[COMBINES] = 1
@@ -321,35 +320,43 @@ def _moments(tensors, read, order, correction, workers, team, share, channels, c
             return True
     else:
         _read_share(plan, read, order, int64(0), int64(1), records)
-    _combine_share(plan, order, correction, int64(0), channels, records, counts, values)
+    _combine_share(plan, order, correction, int64(0), channels, records, table)
     return True
 
 
+_READ, _SHARE = lane_sums.address, _share.address
+
+
+@jit(error_model="numpy")
+def _moments_of_one(address, kind, size, a, c, i, step_a, step_c, *rest):
+    tensors = np.empty((1, ACROSS), np.int64)
+    for column, value in enumerate((address, kind, size, a, c, i, step_a, step_c)):
+        tensors[0, column] = value
+    return _moments(tensors, *rest)
+
+
 @jit(error_model="numpy", parallel=True)
-def _parallel(tensors, read, order, correction, workers, channels, counts_at, values_at):
+def _parallel(tensors, read, order, correction, workers, channels, table_at):
     """The same on Numba's threads."""
     plan = _plan(tensors)
     records = np.empty((RECORD, plan[-1, FIRST_RECORD]))
-    counts, values = _results(channels, counts_at, values_at)
+    table = _table(table_at, channels)
     for worker in prange(workers):
         _read_share(plan, read, order, int64(worker), int64(workers), records)
     sharers = workers if channels > SHARED_CHANNELS else 1
     for worker in prange(sharers):
         start, end = channels * worker // sharers, channels * (worker + 1) // sharers
-        _combine_share(plan, order, correction, int64(start), int64(end), records, counts, values)
+        _combine_share(plan, order, correction, int64(start), int64(end), records, table)
 
 
-def moments(
-    tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int, correction: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int, correction: float) -> torch.Tensor:
     """Moments of CPU tensors: see initperf/reference/moments.py for the arguments and the result."""
     rows = [(x.data_ptr(), KINDS[x.dtype], x.element_size(), *shape) for x, shape in zip(tensors, shapes, strict=True)]
-    numbers, read = np.array(rows, np.int64), lane_sums.address
     channels = sum([shape[1] for shape in shapes])
-    counts = torch.empty((2, channels), dtype=torch.int64)
-    values = torch.empty((VALUES, channels), dtype=torch.float64)
-    results = channels, counts.data_ptr(), values.data_ptr()
-    workers = 1 if is_forked() else torch.get_num_threads()
-    if not _moments(numbers, read, order, correction, workers, team(), _share.address, *results):
-        _parallel(numbers, read, order, correction, threads(), *results)
-    return counts, values
+    table = torch.empty((VALUES, channels), dtype=torch.float64)
+    result = channels, table.data_ptr()
+    common = _READ, order, correction, 1 if is_forked() else torch.get_num_threads(), team(), _SHARE, *result
+    done = _moments_of_one(*rows[0], *common) if len(rows) == 1 else _moments(np.array(rows, np.int64), *common)
+    if not done:
+        _parallel(np.array(rows, np.int64), _READ, order, correction, threads(), *result)
+    return table

@@ -20,7 +20,7 @@ Shape = tuple[int, int, int, int, int]  # A, C, I, step of A, step of C, in elem
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 FLOAT64 = tl.constexpr(3)
-VALUES = 10  # rows of the result, as in initperf/reference/moments.py
+VALUES = 12  # rows of the result, as in initperf/reference/moments.py
 RECORD = 8  # rows of the records: count, mean, m2, m3, m4, low, high, zeros; of values times 2^-exponent, the ninth row
 EXPONENT = tl.constexpr(8)
 # By class: values or rows of a tile, its columns, tiles of a chunk, warps. No register spills on any target.
@@ -242,7 +242,7 @@ def _read(
 
 @triton.jit
 def _combine(
-    segments_ptr, records_ptr, counts_ptr, values_ptr, segments, total, channels,
+    segments_ptr, records_ptr, values_ptr, segments, total, channels,
     HIGH_ORDER: tl.constexpr, RECORDS: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0).to(tl.int64)
@@ -297,8 +297,6 @@ def _combine(
         m4 = _scaled(m4, top)
     var = tl.where(free > 0, m2 * (count / tl.where(free > 0, free, 1.0)), tl.where(m2 > 0, float("inf"), nothing))
     mean, zeros = tl.where(low < high, _scaled(centre, top), low), tl.sum(zeros, 0) / safe
-    tl.store(counts_ptr + channel, count.to(tl.int64))
-    tl.store(counts_ptr + channels + channel, a * i - count.to(tl.int64))
     some, out = count > 0, values_ptr + channel
     full = some & HIGH_ORDER
     tl.store(out, tl.where(some, mean, nothing))
@@ -311,6 +309,8 @@ def _combine(
     tl.store(out + 7 * channels, tl.where(some, m2, nothing))
     tl.store(out + 8 * channels, tl.where(full, m3, nothing))
     tl.store(out + 9 * channels, tl.where(full, m4, nothing))
+    tl.store(out + 10 * channels, count)
+    tl.store(out + 11 * channels, (a * i).to(tl.float64) - count)
 
 
 def _plan(
@@ -331,9 +331,7 @@ def _plan(
     return np.array(rows, np.int64), tasks, records, channels
 
 
-def moments(
-    tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int, correction: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int, correction: float) -> torch.Tensor:
     """Moments of tensors on one GPU: see initperf/reference/moments.py for the arguments and the result."""
     device = tensors[0].device
     plan, tasks, records, channels = _plan(tensors, shapes, correction)
@@ -341,7 +339,6 @@ def moments(
     if device.type == "cuda":
         segments = segments.pin_memory().to(device, non_blocking=True)
     parts = torch.empty((RECORD + 1, max(records, 1)), dtype=torch.float64, device=device)
-    counts = torch.empty((2, channels), dtype=torch.int64, device=device)
     values = torch.empty((VALUES, channels), dtype=torch.float64, device=device)
     number, total = len(tensors), parts.shape[1]
     for kind, (programs, tile) in enumerate(zip(tasks, TILES, strict=True)):
@@ -353,7 +350,7 @@ def moments(
             )  # fmt: skip
     if channels:
         _combine[(channels,)](
-            segments, parts, counts, values, number, total, channels,
+            segments, parts, values, number, total, channels,
             HIGH_ORDER=order > 2, RECORDS=RECORDS_A_STEP, num_warps=4,
         )  # fmt: skip
-    return counts, values
+    return values
