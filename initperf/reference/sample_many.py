@@ -48,4 +48,4 @@ def sample_many_(
     if not moments:
         return None
     shapes = [(1, 1, x.numel(), 0, 0) for x in kept]
-    return moments_of(kept, shapes, 2, 0.0)[1][:2] if kept else torch.empty((2, 0), dtype=torch.float64)
+    return moments_of(kept, shapes, 2, 0.0)[:2] if kept else torch.empty((2, 0), dtype=torch.float64)

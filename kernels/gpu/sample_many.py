@@ -252,4 +252,4 @@ def sample_many_(
         out if mask is None or mask.dtype == torch.uint8 else out[mask.view(out.shape)]
         for out, mask in zip(outs, masks, strict=True)
     ]
-    return moments_of(kept, [(1, 1, x.numel(), 0, 0) for x in kept], 2, 0.0)[1][:2]
+    return moments_of(kept, [(1, 1, x.numel(), 0, 0) for x in kept], 2, 0.0)[:2]
