@@ -47,6 +47,7 @@ setup(
             "pytest-xdist>=3",
             "hypothesis>=6",
             "scipy>=1.11",
+            "transformers==5.24.*",
             "ruff==0.17.6",
             "mypy==2.4.1",
             "build>=1",

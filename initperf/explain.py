@@ -20,14 +20,15 @@ from initperf.checkpoint import read_tensors
 from initperf.checks import FLOATS, InitPerfTypeError, check, fail
 from initperf.expectation import disagreement, expected
 from initperf.fit import Facts, facts_of, log_likelihood, rejected, without_clamped, without_zeros
-from initperf.posterior import NUMBER, Case, Fit, most_probable
+from initperf.posterior import NUMBER, TRAINED, Case, Fit, most_probable
 from initperf.schemes import Init
 from initperf.stats import Moments, moments
 from initperf.structured import structured
 
-TRAINED = "trained, unknown"
 ANY_SCALE = 10_000  # values from which a normal or uniform of a scale that no scheme has is named so
+NO_SCHEME = ", of no known scheme"
 _TOO_FEW = 20
+_LARGE = 1000
 
 
 @dataclass
@@ -100,10 +101,7 @@ def describe(model: nn.Module | Mapping[str, Tensor], expect: Mapping[str, str |
     around = _surroundings(kept)
     own = _own(model)
     results = [_explain(n, t, _hypotheses(n, t, kept, around, own.get(n))) for n, t in kept.items()]
-    cases = [(finding, Case(finding.name, finding.shape, fits)) for finding, fits in results if fits]
-    for (finding, case), ranked in zip(cases, most_probable([case for _, case in cases]), strict=True):
-        finding.scheme, *finding.others = ranked
-        finding.init = next(fit.candidate.init for fit in case.fits if fit.candidate.scheme == ranked[0])
+    _choose(results)
     for finding, _ in results:
         if finding.name in wanted:
             finding.disagreement = disagreement(finding, kept[finding.name], wanted[finding.name])
@@ -157,31 +155,32 @@ def _differs(a: Init, b: Init) -> bool:
     )
 
 
-def _explain(name: str, tensor: Tensor, hypotheses: list[Candidate]) -> tuple[Finding, list[Fit]]:
-    """The finding, and all schemes that fit."""
+def _explain(name: str, tensor: Tensor, hypotheses: list[Candidate]) -> tuple[Finding, Case | None]:
+    """The finding, and all schemes that fit, if any do."""
     found = moments(tensor)
     finding = _measured(name, tensor, found)
     if int(found.nonfinite):
         finding.scheme, finding.evidence = TRAINED, f"{int(found.nonfinite)} values are not finite"
-        return finding, []
+        return finding, None
     special = structured(tensor, found)
     if special:
         finding.scheme, finding.evidence = special
-        return finding, []
+        return finding, None
     dense, note = without_zeros(tensor, float(found.zeros))
     dense, clamped = without_clamped(dense, found)
     note += clamped
     facts = facts_of(dense, found if dense is tensor else moments(dense), tensor.dtype)
     if facts.n < _TOO_FEW:
         finding.scheme, finding.evidence = "unknown", f"{facts.n} values are too few to tell"
-        return finding, []
+        return finding, None
     fitting = [Fit(c, log_likelihood(c.init, facts)) for c in hypotheses if rejected(c.init, facts) is None]
     if fitting:
         finding.evidence = f"{_text(facts)}{note}"
-        return finding, fitting
+        free = log_likelihood(Init("normal", (facts.mean, math.sqrt(facts.variance))), facts) - math.log(facts.n)
+        return finding, Case(name, finding.shape, fitting, free)
     finding.scheme, finding.evidence, finding.init = _of_any_scale(facts)
     finding.evidence += note
-    return finding, []
+    return finding, None
 
 
 def _measured(name: str, tensor: Tensor, found: Moments) -> Finding:
@@ -200,11 +199,11 @@ def _of_any_scale(facts: Facts) -> tuple[str, str, Init | None]:
     reach = max(abs(facts.low), abs(facts.high))
     reasons = []
     for init, text in (
-        (Init("normal", (0.0, std)), f"normal({std:.4g}), of no known scheme"),
-        (Init("uniform", (-reach, reach)), f"uniform({reach:.4g}), of no known scheme"),
+        (Init("normal", (0.0, std)), f"normal({std:.4g}){NO_SCHEME}"),
+        (Init("uniform", (-reach, reach)), f"uniform({reach:.4g}){NO_SCHEME}"),
         (
             Init("trunc_normal", (0.0, std / 0.8796, -2 * std / 0.8796, 2 * std / 0.8796)),
-            f"trunc_normal({std / 0.8796:.4g}, cut at 2 std), of no known scheme",
+            f"trunc_normal({std / 0.8796:.4g}, cut at 2 std){NO_SCHEME}",
         ),
     ):
         reason = rejected(init, facts)
@@ -214,3 +213,20 @@ def _of_any_scale(facts: Facts) -> tuple[str, str, Init | None]:
     if reasons[0] is None or reasons[1] is None:
         return "unknown", f"{_text(facts)}: too few to tell a scale of no known scheme from training", None
     return TRAINED, f"no scheme fits; as a normal: {reasons[0]}", None
+
+
+def _choose(results: list[tuple[Finding, Case | None]]) -> None:
+    """Name each tensor's most probable scheme, and call trained what only the rest of the model shows to be."""
+    large = [(finding, case) for finding, case in results if math.prod(finding.shape) >= _LARGE]
+    trained = sum(case is None and finding.scheme == TRAINED for finding, case in large)
+    cases = [(finding, case) for finding, case in results if case is not None]
+    for (finding, case), ranked in zip(cases, most_probable([case for _, case in cases], trained), strict=True):
+        finding.scheme, *finding.others = ranked
+        if finding.scheme == TRAINED:
+            finding.evidence += "; near a scheme, but not as near as what is not trained comes, and other tensors are"
+        finding.init = next((fit.candidate.init for fit in case.fits if fit.candidate.scheme == ranked[0]), None)
+    if 2 * trained >= max(1, len(large)):
+        for finding, _ in large:
+            if finding.scheme == "unknown" or finding.scheme.endswith(NO_SCHEME):
+                finding.evidence += f"; looks like {finding.scheme}, but most of the model is trained"
+                finding.scheme, finding.init = TRAINED, None

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from initperf.candidates import Candidate
 
+TRAINED = "trained, unknown"
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a parameter's name
 _ROUNDS = 10
 _LEAST_SHARE = 0.1
@@ -23,11 +24,12 @@ class Fit(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A tensor, and what fits it, the likelier beforehand first."""
+    """A tensor, and what fits it, the likelier beforehand first; trained: the score of a normal distribution of any mean and std."""
 
     name: str
     shape: tuple[int, ...]
     fits: list[Fit]
+    trained: float
 
 
 class _Stack(NamedTuple):
@@ -37,8 +39,8 @@ class _Stack(NamedTuple):
     scores: dict[str, float]
 
 
-def most_probable(cases: Sequence[Case]) -> list[list[str]]:
-    """For each case the names of its schemes, the most probable first.
+def most_probable(cases: Sequence[Case], trained: int) -> list[list[str]]:
+    """For each case the names of its schemes, the most probable first; trained: other tensors of the model, that no scheme fits.
 
     P(scheme) ~ share(scheme) exp(log likelihood - rank among those that fit); share(scheme) is the sum of P over the model's
     tensors less one, at least _LEAST_SHARE: expectation and maximization from equal shares. The one taken off makes
@@ -46,11 +48,14 @@ def most_probable(cases: Sequence[Case]) -> list[list[str]]:
     Tensors of one shape whose names differ by numbers only, the layers of a stack, are one case if a scheme fits them all.
     """
     stacks = [stack for group in _groups(cases) for stack in _stacks(cases, group)]
+    if trained:  # then training that left a tensor near a scheme is an explanation too
+        for stack in stacks:
+            stack.scores[TRAINED] = sum(cases[i].trained for i in stack.cases)
     share = {scheme: 1.0 for stack in stacks for scheme in stack.scores}
     posteriors: list[dict[str, float]] = []
     for _ in range(_ROUNDS):
         posteriors = [_posterior(stack, share) for stack in stacks]
-        counts: Counter[str] = Counter()
+        counts: Counter[str] = Counter({TRAINED: trained})
         for stack, posterior in zip(stacks, posteriors, strict=True):
             counts.update({scheme: len(stack.cases) * p for scheme, p in posterior.items()})
         share = {scheme: max(counts[scheme] - 1, _LEAST_SHARE) for scheme in share}
