@@ -29,7 +29,7 @@ from ..contract import (
 )
 from .jit import jit, threads
 from .philox import tile_words
-from .vector import bits_float, float_bits, fma, full_vectors, half_bits, horner, pointer, sqrt
+from .vector import all_ones, bits_float, float_bits, fma, full_vectors, half_bits, horner, pointer, sqrt
 
 _WORDS, _FLOAT32, _BFLOAT16, _FLOAT16, _FLOAT64 = range(5)
 _CODES = {
@@ -109,10 +109,10 @@ def _trunc_center(words: Any, values: Any, first: Any, last: Any, p: Any) -> Non
 
 
 @jit(inline="always")
-def _tail(word: Any, p: Any) -> Any:
-    """t = sqrt(-2 ln(mass beyond the value)), and the signed scale."""
+def _tail(word: Any, ones: Any, p: Any) -> Any:
+    """t = sqrt(-2 ln(mass beyond the value)), and the signed scale. ones: all_ones()"""
     left = fma(float32(word | uint32(1)), p[4], p[5])
-    right = fma(float32(uint32(~word) | uint32(1)), p[6], p[7])
+    right = fma(float32(uint32(word ^ ones) | uint32(1)), p[6], p[7])
     t = sqrt(_log(left if left < right else right, 0, p[8]))
     return t, -p[0] if left < right else p[0]
 
@@ -120,8 +120,9 @@ def _tail(word: Any, p: Any) -> Any:
 @jit()
 def _trunc_normal(words: Any, values: Any, first: Any, last: Any, p: Any) -> None:
     full_vectors()
+    ones = all_ones()
     for r in range(uintp(first), uintp(last)):
-        t, scale = _tail(words[r], p)
+        t, scale = _tail(words[r], ones, p)
         below = _near_polynomial(t - float32(_NEAR_CENTER))
         above = _middle_polynomial(t - float32(_MIDDLE_CENTER))
         values[r] = _finish(below if t < float32(_NEAR_BORDER) else above, scale, p)
@@ -130,8 +131,9 @@ def _trunc_normal(words: Any, values: Any, first: Any, last: Any, p: Any) -> Non
 @jit()
 def _trunc_tail(words: Any, values: Any, first: Any, last: Any, p: Any) -> None:
     full_vectors()
+    ones = all_ones()
     for r in range(uintp(first), uintp(last)):
-        t, scale = _tail(words[r], p)
+        t, scale = _tail(words[r], ones, p)
         below = _middle_polynomial(t - float32(_MIDDLE_CENTER))
         above = _distant_polynomial(t - float32(_DISTANT_CENTER))
         values[r] = _finish(below if t < float32(_TAIL_BORDER) else above, scale, p)
@@ -146,8 +148,9 @@ def _series(x: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: A
 @jit()
 def _trunc_far(words: Any, values: Any, first: Any, last: Any, p: Any) -> None:
     full_vectors()
+    ones = all_ones()
     for r in range(uintp(first), uintp(last)):
-        s = _log(fma(float32(uint32(~words[r]) | uint32(1)), p[4], p[5]), 0, float32(0))
+        s = _log(fma(float32(uint32(words[r] ^ ones) | uint32(1)), p[4], p[5]), 0, float32(0))
         values[r] = _finish(_series(s, p[6], p[7], p[8], p[9], p[10], p[11], p[12], p[13]), p[0], p)
 
 
