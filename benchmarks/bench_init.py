@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import init as torch_init
 
-from initperf import init
+from initperf import init, ops, rng
 from initperf.init import fast_init, initialize
 
 CALLS = {
@@ -112,6 +113,142 @@ def test_init_whole_model(versus):
         values=count,
         nbytes=4 * count,
         tensors=len(list(model.parameters())),
+    )
+
+
+def test_init_small_model(versus):
+    """LeNet-300-100, six tensors, against its layers' own reset_parameters."""
+    model = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    count = sum(p.numel() for p in model.parameters())
+
+    def check():
+        initialize(model, seed=1)
+        assert model[0].weight.std().item() == pytest.approx(1 / math.sqrt(3 * 784), rel=0.01)
+
+    versus(
+        lambda: initialize(model, seed=1),
+        lambda: [layer.reset_parameters() for layer in layers],
+        check=check,
+        group="init small model, LeNet-300-100",
+        budget=0.5,
+        values=count,
+        nbytes=4 * count,
+    )
+
+
+def masks_of(model: nn.Module, density: float = 0.2) -> dict[str, torch.Tensor]:
+    return {name: torch.rand(p.shape) < density for name, p in model.named_parameters() if p.dim() >= 2}
+
+
+def test_init_whole_model_masked(versus):
+    """With masks in the same pass; torch: its loop, then a multiplication a mask."""
+    model = gpt2(depth=4)
+    masks = masks_of(model)
+    count = sum(p.numel() for p in model.parameters())
+    parameters = dict(model.named_parameters())
+
+    def theirs():
+        torchs_gpt2(model)
+        with torch.no_grad():
+            for name, mask in masks.items():
+                parameters[name].mul_(mask)
+
+    def check():
+        initialize(model, "gpt2", seed=1, masks=masks)
+        assert all((parameters[name][~mask] == 0).all() for name, mask in masks.items())
+        assert parameters["wpe.weight"][masks["wpe.weight"]].std().item() == pytest.approx(0.02, rel=0.01)
+
+    versus(
+        lambda: initialize(model, "gpt2", seed=1, masks=masks),
+        theirs,
+        check=check,
+        group="init whole model with masks, 68 M parameters",
+        budget=2.0,
+        values=count,
+        density=0.2,
+    )
+
+
+def test_init_whole_model_stats(versus):
+    """With mean and variance of every parameter from the same pass; torch: its loop, then torch.var_mean."""
+    model = gpt2(depth=4)
+    count = sum(p.numel() for p in model.parameters())
+    parameters = [p.detach() for p in model.parameters()]
+
+    def theirs():
+        torchs_gpt2(model)
+        for p in parameters:
+            torch.var_mean(p, correction=0)
+
+    def check():
+        found = {r.name: r.measured for r in initialize(model, "gpt2", seed=1, stats=True).records}
+        assert found["wte.weight"][1] == pytest.approx(0.02**2, rel=0.01)
+
+    versus(
+        lambda: initialize(model, "gpt2", seed=1, stats=True),
+        theirs,
+        check=check,
+        group="init whole model with stats, 68 M parameters",
+        budget=2.0,
+        values=count,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sample_many(versus, dtype):
+    """The kernel alone on GPT-2's 148 tensors, against sample_ tensor by tensor."""
+    tensors = [p.detach().to(dtype) for p in gpt2().parameters()]
+    normal, zero = rng.normal(0.0, 0.02), rng.uniform(0.0, 0.0, dtype)
+    distributions = [normal if t.dim() >= 2 else zero for t in tensors]
+    streams = list(range(len(tensors)))
+    many, one = (ops.implementation(name, "cpu") for name in ("sample_many_", "sample_"))
+    count = sum(t.numel() for t in tensors)
+
+    def loop():
+        for tensor, distribution, stream in zip(tensors, distributions, streams, strict=True):
+            one(tensor, *distribution, 1, stream)
+
+    def check():
+        loop()
+        wanted = [t[-1].clone() for t in tensors]
+        many(tensors, distributions, streams, 1)
+        assert all(torch.equal(t[-1], w) for t, w in zip(tensors, wanted, strict=True))
+
+    versus(
+        lambda: many(tensors, distributions, streams, 1),
+        {
+            "sample_ by tensor": loop,
+            "torch": lambda: [t.normal_(0.0, 0.02) if t.dim() >= 2 else t.zero_() for t in tensors],
+        },
+        check=check,
+        group=f"sample_many_, 124 M values, {dtype}",
+        budget=1.0,
+        values=count,
+        nbytes=count * dtype.itemsize,
+    )
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_sample_survivors(versus, density):
+    """A sparse layer's values, against making the dense tensor and choosing from it."""
+    shape, normal = (4096, 4096), rng.normal(0.0, 0.02)
+    mask = torch.rand(shape) < density
+    bits = torch.from_numpy(np.packbits(mask.numpy(), bitorder="little"))
+    values = torch.empty(int(mask.sum()), 1)
+
+    def check():
+        init.sample_survivors_into(values, normal, bits, shape, seed=1)
+        assert torch.equal(values[:, 0], init.sample_into(torch.empty(shape), normal, seed=1)[mask])
+
+    versus(
+        lambda: init.sample_survivors_into(values, normal, bits, shape, seed=1),
+        lambda: torch.empty(shape).normal_(0.0, 0.02)[mask],
+        check=check,
+        group="sample survivors 4096 x 4096",
+        budget=1.0,
+        values=mask.numel(),
+        density=density,
     )
 
 
