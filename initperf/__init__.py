@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from initperf import init, prune
     from initperf.checks import InitPerfError
+    from initperf.convert import check_masks, densify, mask_optimizer_, sparsify
     from initperf.explain import describe, describe_file
-    from initperf.masked import MaskedLinear, check_masks, densify, mask_optimizer_, sparsify
+    from initperf.masked import MaskedLinear
     from initperf.model_init import initialize
     from initperf.monitor import VarianceMonitor
     from initperf.redirect import fast_init
@@ -43,15 +44,15 @@ _HOMES = {
     "Ticket": "ticket",
     "TicketSearch": "search",
     "VarianceMonitor": "monitor",
-    "check_masks": "masked",
-    "densify": "masked",
+    "check_masks": "convert",
+    "densify": "convert",
     "describe": "explain",
     "describe_file": "explain",
     "fast_init": "redirect",
     "initialize": "model_init",
-    "mask_optimizer_": "masked",
+    "mask_optimizer_": "convert",
     "moments": "stats",
-    "sparsify": "masked",
+    "sparsify": "convert",
 }
 
 

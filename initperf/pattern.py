@@ -13,7 +13,7 @@ DENSE_FROM = 0.7  # density from which no CPU kernel beats the dense product, so
 
 
 class SparsePattern:
-    """Built from a bool mask (N, K).
+    """Built from a bool mask (N, K); of more dimensions, (N, ...), it is read as (N, the product of the others).
 
     tensors: the op argument `pattern`, empty where only dense products run; nnz: survivors; density: nnz / weights.
     """
@@ -25,7 +25,7 @@ class SparsePattern:
         self.tensors: list[Tensor] = []
         device = mask.device.type
         if self.nnz and (device != "cpu" or self.density < DENSE_FROM):
-            self.tensors = ops.implementation("pattern_tensors", device)(mask)
+            self.tensors = ops.implementation("pattern_tensors", device)(mask.flatten(1))
 
     def is_of(self, mask: Tensor) -> bool:
         """Whether `mask` is the tensor this was built from, unedited as far as its version tells (inference tensors have none)."""

@@ -274,7 +274,7 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def mask_layers(model: nn.Module, masks: Mapping[str, Tensor], *, sparse: bool = False) -> nn.Module:
     """sparsify, with canonical names."""
-    from initperf.masked import sparsify
+    from initperf.convert import sparsify
 
     actual = {canonical(n): n for n, _ in model.named_parameters()}
     return sparsify(model, {actual[name]: mask for name, mask in masks.items()}, sparse=sparse)

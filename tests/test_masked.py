@@ -10,9 +10,10 @@ from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from initperf import masked_ops
 from initperf.checks import InitPerfError
-from initperf.masked import MaskedLinear, check_masks, densify, mask_optimizer_, masked_layers, sparsify
+from initperf.choice import prefer
+from initperf.convert import check_masks, densify, mask_optimizer_, masked_layers, sparsify
+from initperf.masked import MaskedLinear
 
 pytest.importorskip("numba")
 
@@ -28,9 +29,10 @@ def layer():
 
 
 @pytest.fixture(params=["kernel", "dense"])
-def path(request, monkeypatch):
+def path(request):
     """Both products that an op may choose."""
-    monkeypatch.setattr(masked_ops, "choose", lambda *args, **kwargs: request.param == "kernel" and bool(args[4]))
+    with prefer("sparse" if request.param == "kernel" else "dense"):
+        yield
 
 
 def mlp(*sizes):

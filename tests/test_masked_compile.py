@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from initperf.masked import MaskedLinear, sparsify
+from initperf.convert import sparsify
+from initperf.masked import MaskedLinear
 
 pytest.importorskip("numba")
 

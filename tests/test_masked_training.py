@@ -5,7 +5,7 @@ import torch
 from tolerance import bits
 from torch import nn
 
-from initperf.masked import check_masks, densify, mask_optimizer_, sparsify
+from initperf.convert import check_masks, densify, mask_optimizer_, sparsify
 
 pytest.importorskip("numba")
 

@@ -1,0 +1,236 @@
+"""MaskedLayer: what every layer with a dense weight and a mask has in common, whatever its product is.
+
+The weight is exactly zero where the mask is False, and its gradient must be exactly zero there too (the layer's forward sees
+to that), so elementwise optimizers (SGD, Adam and kin) never revive a weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
+from initperf.pattern import SparsePattern
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+M = TypeVar("M", bound=nn.Module)
+LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()  # all that live: optimizers know only their parameters
+
+
+class MaskedLayer(nn.Module):
+    """A mixin before the dense class: a persistent bool buffer `weight_mask` of the weight's shape, True = survives.
+
+    A subclass sets DENSE and ATTRIBUTES, calls _adopt(mask) at the end of its __init__, and multiplies in its forward by
+    what _fresh_pattern() returns: the index of weight_mask.flatten(1), one row an output.
+    """
+
+    DENSE: ClassVar[type[nn.Module]]
+    ATTRIBUTES: ClassVar[tuple[str, ...]]  # of DENSE, all but parameters
+
+    weight: Tensor
+    weight_mask: Tensor
+    _pattern: SparsePattern
+
+    @classmethod
+    def on(cls, dense: nn.Module, mask: Tensor | None = None) -> Self:
+        """A masked layer on the same Parameter objects as `dense`, so an optimizer made before keeps working; they are masked in place."""
+        check_own_weight(dense, cls.DENSE, cls.DENSE.__name__.lower())
+        weight: Any = dense.weight
+        if mask is not None:
+            check_mask(mask, weight.shape)
+        layer = cls._shell(dense)
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("bias", dense._parameters["bias"])
+        layer._adopt(mask)
+        return layer
+
+    @classmethod
+    def from_dense(cls, module: nn.Module) -> Self:
+        """What torch.ao.pruning's convert calls: the mask is that of its sparsifier, or what is not zero in the weight."""
+        weight: Any = module.weight
+        parametrizations: Any = getattr(module, "parametrizations", {})
+        if "weight" not in parametrizations:
+            return cls.on(module, weight != 0)
+        steps = parametrizations["weight"]
+        dense = new_module(cls.DENSE, module, cls.ATTRIBUTES)
+        dense.register_parameter("weight", steps.original)
+        dense.register_parameter("bias", module._parameters["bias"])
+        masks = [step.mask for step in steps if isinstance(getattr(step, "mask", None), Tensor)]
+        return cls.on(dense, masks[0].bool() if masks else weight != 0)
+
+    @classmethod
+    def _shell(cls, source: nn.Module) -> Self:
+        return new_module(cls, source, cls.ATTRIBUTES)
+
+    def to_dense(self) -> nn.Module:
+        """The dense layer, with copies of the weight, zeros included, and the bias."""
+        dense = new_module(self.DENSE, self, self.ATTRIBUTES)
+        for name in ("weight", "bias"):
+            value = getattr(self, name)
+            copy = None if value is None else nn.Parameter(value.detach().clone(), value.requires_grad)
+            dense.register_parameter(name, copy)
+        return dense
+
+    def _adopt(self, mask: Tensor | None) -> None:
+        """Take `mask` (checked) as the buffer, and make the weight obey it."""
+        if mask is None:
+            mask = torch.ones_like(self.weight, dtype=torch.bool)
+        else:
+            mask = torch.empty_like(self.weight, dtype=torch.bool, memory_format=torch.contiguous_format).copy_(mask)
+        self.register_buffer("weight_mask", mask)
+        self._obey()
+        LAYERS.add(self)
+
+    def _forget(self) -> None:
+        """Drop what makes it a masked layer; the caller sets its class."""
+        self._buffers.pop("weight_mask")
+        self.__dict__.pop("_pattern", None)
+        LAYERS.discard(self)
+
+    @torch.no_grad()
+    def _obey(self) -> None:
+        """Zero the pruned weights, and build what the kernels read, after the mask or the weight was replaced."""
+        if self.weight.dtype not in FLOATS:
+            fail("a weight of float32, bfloat16, float16 or float64", self.weight.dtype)
+        if self.weight_mask.dtype != torch.bool:
+            self.weight_mask = self.weight_mask.bool()
+        self._pattern = SparsePattern(self.weight_mask)
+        weight = self._parameters.get("weight")
+        if weight is not None and not weight.is_meta and self._pattern.nnz < weight.numel():
+            pruned = ~self.weight_mask
+            weight.masked_fill_(pruned, 0)
+            if weight.grad is not None:  # from before the mask: a step would revive with it
+                weight.grad.masked_fill_(pruned, 0)
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Replace the mask: pruned weights become 0, revived ones start at 0. Optimizer state made before: mask_optimizer_."""
+        check_mask(mask, self.weight.shape)
+        with torch.no_grad():
+            self.weight_mask.copy_(mask)
+        self._obey()
+
+    @property
+    def density(self) -> float:
+        """Surviving fraction."""
+        return self._fresh_pattern().density
+
+    def _fresh_pattern(self) -> SparsePattern:
+        if not self._pattern.is_of(self.weight_mask):
+            self._obey()
+        return self._pattern
+
+    def reset_parameters(self) -> None:
+        """Sample weight and bias as the dense layer does (kaiming_uniform_, a = sqrt(5)), by initperf.init, and apply the mask."""
+        reset_as_dense(self.weight, self._parameters.get("bias"))
+        if "weight_mask" in self._buffers:
+            self._obey()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, density={self.density:.4g}"
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight_orig":
+            fail(
+                "a layer without a mask of its own for torch.nn.utils.prune",
+                f"{self.__class__.__name__} (give the new mask to set_mask, or densify the model first)",
+                kind=InitPerfRuntimeError,
+            )
+        super().register_parameter(name, param)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_pattern"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pattern = SparsePattern(self.weight_mask)
+        LAYERS.add(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.weight_mask
+        super()._apply(fn, recurse)
+        if self.weight_mask is not before:
+            if before.is_meta and not self.weight_mask.is_meta:
+                self.weight_mask.fill_(True)  # to_empty: its memory is arbitrary
+            self._obey()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state_dict = dict(state_dict)
+        original, mask = prefix + "weight_orig", prefix + "weight_mask"
+        if original in state_dict and prefix + "weight" not in state_dict:  # torch.nn.utils.prune
+            state_dict[prefix + "weight"] = state_dict.pop(original)
+        problems = list(self._problems(state_dict, prefix))
+        if problems:
+            error_msgs.extend(problems)
+            return
+        if mask in state_dict:
+            state_dict[mask] = state_dict[mask].bool()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if mask in missing_keys:  # the checkpoint is dense: the mask that is here stays
+            missing_keys.remove(mask)
+        if local_metadata.get("assign_to_params_buffers", False) and not self.weight.is_meta:
+            with torch.no_grad():  # the checkpoint's own tensors are not edited
+                weight = self.weight.masked_fill(~self.weight_mask, 0)
+                self.weight = nn.Parameter(weight, self.weight.requires_grad)
+        self._obey()
+
+    def _problems(self, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        """Why the entries for this layer cannot load; nothing of it is touched then."""
+        for name in ("weight", "bias", "weight_mask"):
+            value, own = state_dict.get(prefix + name), getattr(self, name)
+            if own is None or not isinstance(value, Tensor):
+                continue
+            if value.shape != own.shape:
+                yield f"size mismatch for {prefix + name}: Expected shape {tuple(own.shape)}. Got {tuple(value.shape)}."
+            elif name == "weight_mask" and not value.is_meta and not bool(((value == 0) | (value == 1)).all()):
+                yield f"Expected {prefix + name} to hold only 0 and 1 (True = survives). Got other values, dtype {value.dtype}."
+
+
+def new_module(kind: type[M], source: nn.Module, attributes: tuple[str, ...]) -> M:
+    """A module of class `kind` with the attributes and the mode of `source`, and no parameters yet."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    module.training = source.training
+    for name in attributes:
+        setattr(module, name, getattr(source, name))
+    return module
+
+
+def check_own_weight(layer: object, dense: type[nn.Module], name: str) -> None:
+    """`layer` is a `dense`, and its weight is a Parameter of its own."""
+    if not isinstance(layer, dense):
+        fail(f"{name} to be an nn.{dense.__name__}", type(layer).__name__, kind=InitPerfTypeError)
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        fail(
+            f"{name} with a weight that is its own Parameter",
+            "a pruned or parametrized one (make it permanent first: prune.remove, parametrize.remove_parametrizations)",
+            kind=InitPerfRuntimeError,
+        )
+
+
+def reset_as_dense(weight: Tensor, bias: Tensor | None) -> None:
+    """What nn.Linear and nn.Conv2d sample: kaiming_uniform_ with a = sqrt(5), and a bias of the same bound, 1 / sqrt(fan_in)."""
+    from initperf import init
+
+    init.kaiming_uniform_(weight, a=5**0.5)
+    if bias is not None:
+        fan_in = weight[0].numel() if len(weight) else 0
+        bound = fan_in**-0.5 if fan_in > 0 else 0
+        init.uniform_(bias, -bound, bound)
