@@ -220,15 +220,27 @@ def report(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A ticket, or a checkpoint: .safetensors or torch.save.")],
+    file: Annotated[
+        Path, typer.Argument(help="A ticket, or a checkpoint: .safetensors, its index.json, or torch.save.")
+    ],
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB=SCHEME",
+            help="What a text says of these parameters: kaiming_normal, ..., or as in 'normal(0, 0.02)'. Exit 1 if one disagrees.",
+        ),
+    ] = None,
 ) -> None:
     """Show what a ticket holds and prove its hash, or which initialization explains the weights of a checkpoint."""
     from initperf.inspection import tables
     from initperf.terminal import open_console, show
 
     console = open_console()
-    for table in tables(file):
+    found, disagreements = tables(file, expect or [])
+    for table in found:
         show(console, table)
+    if disagreements:
+        raise typer.Exit(1)
 
 
 @app.command()

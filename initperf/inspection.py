@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from initperf.checks import check
-from initperf.findings import NONE, Table, percent, size
+from initperf.checks import check, fail
+from initperf.explain import Description, describe_file
+from initperf.findings import NONE, Table, count_of, percent, size
 from initperf.report import flatten
+from initperf.schemes import Init
 from initperf.ticket import KEY, Ticket
 
 
-def tables(path: Path) -> list[Table]:
-    """Of a ticket, or of any other checkpoint."""
+def tables(path: Path, expect: Sequence[str] = ()) -> tuple[list[Table], int]:
+    """Of a ticket, or of any other checkpoint; and how many of its parameters are not what `expect` ("glob=scheme") says."""
     check(path.is_file(), "a ticket or a checkpoint", f"{path}, which is not a file")
-    return ticket_tables(path) if _is_ticket(path) else [checkpoint_table(path)]
+    wanted = dict(map(_parsed, expect))
+    if _is_ticket(path):
+        check(not wanted, "--expect for a checkpoint only: a ticket says itself what its weights are", path)
+        return ticket_tables(path), 0
+    found = describe_file(path, wanted)
+    disagreements = [[f.name, str(f.disagreement)] for f in found.disagreements]
+    shown = [checkpoint_table(path, found)]
+    if disagreements:
+        title = f"Not as expected: {count_of(len(disagreements), 'parameter')}"
+        shown.append(Table(title, ["parameter", "disagreement"], disagreements, []))
+    elif wanted:
+        shown[0].notes.append("As expected: every parameter that --expect names.")
+    return shown, len(disagreements)
+
+
+def _parsed(text: str) -> tuple[str, str | Init]:
+    """("*.weight", "kaiming_normal") of "*.weight=kaiming_normal"; an Init of "*.weight=normal(0, 0.02)"."""
+    pattern, equals, scheme = (part.strip() for part in text.partition("="))
+    check(bool(pattern and equals and scheme), "--expect to be GLOB=SCHEME", repr(text))
+    call = re.fullmatch(r"(\w+)\((.*)\)", scheme)
+    if call is None:
+        return pattern, scheme
+    try:
+        return pattern, Init(call[1], tuple(float(number) for number in call[2].split(",")))
+    except ValueError:
+        fail("numbers between the brackets of --expect", repr(text))
 
 
 def _is_ticket(path: Path) -> bool:
@@ -27,12 +56,10 @@ def _is_ticket(path: Path) -> bool:
         return path.suffix == ".safetensors"
 
 
-def checkpoint_table(path: Path) -> Table:
+def checkpoint_table(path: Path, description: Description) -> Table:
     """How each parameter looks to have been initialized, and the evidence."""
-    from initperf.init import describe_file
-
     rows = []
-    for found in describe_file(path).findings:
+    for found in description.findings:
         scheme = f"{found.scheme} (or {', '.join(found.others[:2])})" if found.others else found.scheme
         shape = " x ".join(map(str, found.shape))
         rows.append([found.name, shape, f"{found.mean:.3g}", f"{found.std:.4g}", scheme, found.evidence])

@@ -274,6 +274,29 @@ def test_a_pickled_object_is_refused_in_one_line_that_says_what_to_do(tmp_path):
     assert len(str(error.value)) < 400
 
 
+def test_the_command_line_compares_a_checkpoint_with_a_text(tmp_path, capsys, trained):
+    from initperf.cli import main
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 200), nn.Linear(200, 150))
+    initialize(model, "kaiming_normal", seed=1, rules={"1.weight": "xavier_normal"})
+    path = tmp_path / "a.pt"
+    torch.save(model.state_dict(), path)
+    assert main(["inspect", str(path), "--expect", "*=kaiming_normal", "--expect", "1.weight=xavier_normal"]) == 0
+    assert "As expected" in capsys.readouterr().out
+    assert main(["inspect", str(path), "--expect", "*.weight=kaiming_normal"]) == 1
+    out = capsys.readouterr().out
+    assert "Not as expected: 1 parameter\n" in out.replace(" \n", "\n")
+    assert "1.weight" in out.split("Not as expected")[1]
+    assert main(["inspect", str(path), "--expect", "1.weight=normal(0, 0.0756)"]) == 0
+    for wrong in ("kaiming_normal", "*=", "*=normal(0, x)", "*=lecun", "nothing=zeros", "*=normal(1)"):
+        assert main(["inspect", str(path), "--expect", wrong]) == 1
+        assert "Expected" in capsys.readouterr().err
+    torch.save(trained.state_dict(), path)
+    assert main(["inspect", str(path)]) == 0
+    assert "trained, unknown" in capsys.readouterr().out
+
+
 def test_the_distance_is_kolmogorovs_and_smirnovs():
     values = torch.from_numpy(np.sort(np.random.default_rng(0).normal(size=500)))
     for init, cdf in (
