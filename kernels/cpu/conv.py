@@ -1,0 +1,329 @@
+"""Direct sparse convolution: y = x * (W o M) + b, dx, and dW at survivors only, without unfolded copies.
+
+Images are packed to lines of 16 lanes of the batch, zero-padded; a survivor (output channel n, input channel c, tap) is then
+an offset into the packed image, and the sums of 8 pixels stay in registers. Blocks of input channels fit the first-level cache.
+Every sum runs over channels and taps, or over images and pixels, in one fixed order: the bits do not depend on the threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .conv_ir import copy_line, correlate_row, multiply_row, zero_line
+from .conv_pack import pack_plane, unpack_pixels
+from .jit import jit, threads
+from .spmm_ir import LANES, compute_pointer, shifted, storage_pointer
+
+_INTS, _FLOATS = np.zeros(1, np.int32), np.zeros(1, np.float32)
+SUMS = 256 << 10  # bytes of sums that wait to leave, in the second-level cache
+_offsets = WeakTensorKeyDictionary()  # taps -> {geometry: offsets}
+
+
+@jit()
+def _convolve_tasks(width, step, first, last, x_at, y_at, bias_at, index, values_at, sizes, packed, plan, scratch):
+    """Output rows of 16 images for tasks first..last of (batch block, band of output rows)."""
+    B, C, H, W, N, Ho, Wo = sizes
+    stride, top, left, rows, columns = packed
+    bands, band_rows, at_once = plan
+    starts_at, offsets_at, channels_at, blocks, live = index
+    x, y = storage_pointer(x_at, _FLOATS), storage_pointer(y_at, _FLOATS)
+    bias, values = storage_pointer(bias_at, _FLOATS), storage_pointer(values_at, _FLOATS)
+    starts, offsets = storage_pointer(starts_at, _INTS), storage_pointer(offsets_at, _INTS)
+    channels = storage_pointer(channels_at, _INTS)
+    image = compute_pointer(scratch, _FLOATS)
+    lines = shifted(image, live * rows * columns * LANES)
+    sums = shifted(lines, LANES * LANES)
+    pixels = len(width)
+    for task in range(first, last):
+        b = task // bands * LANES
+        y0 = task % bands * band_rows
+        y1 = min(Ho, y0 + band_rows)
+        valid = min(B - b, LANES)
+        for c in range(live):
+            plane = shifted(x, (b * C + np.int64(channels[c])) * H * W)
+            out = shifted(image, c * rows * columns * LANES)
+            pack_plane(plane, C * H * W, valid, H, W, y0 * stride - top, left, rows, columns, out, lines)
+        for band in range(y0, y1, at_once):
+            here = min(at_once, y1 - band)
+            for r in range(here):
+                for tile in range(0, Wo, pixels):
+                    x0 = min(tile, Wo - pixels)
+                    corner = shifted(image, ((band - y0 + r) * stride * columns + x0 * len(step)) * LANES)
+                    target = shifted(sums, (r * Wo + x0) * LANES)
+                    for k in range(blocks):
+                        for n in range(N):
+                            j = np.int64(starts[k * (N + 1) + n])
+                            count = np.int64(starts[k * (N + 1) + n + 1]) - j
+                            if count > 0 or k == 0:
+                                multiply_row(
+                                    width,
+                                    step,
+                                    shifted(offsets, j),
+                                    shifted(values, j),
+                                    corner,
+                                    shifted(target, n * at_once * Wo * LANES),
+                                    count,
+                                    bias[n] if bias_at != 0 else np.float32(0),
+                                    np.int64(k == 0),
+                                )
+            for n in range(N):
+                out = shifted(y, ((b * N + n) * Ho + band) * Wo)
+                unpack_pixels(shifted(sums, n * at_once * Wo * LANES), here * Wo, valid, out, N * Ho * Wo)
+
+
+@jit(parallel=True)
+def _convolve_parallel(
+    workers, tasks, bytes_each, width, step, x_at, y_at, bias_at, index, values_at, sizes, packed, plan, scratch
+):
+    for t in prange(workers):
+        _convolve_tasks(
+            width,
+            step,
+            tasks * t // workers,
+            tasks * (t + 1) // workers,
+            x_at,
+            y_at,
+            bias_at,
+            index,
+            values_at,
+            sizes,
+            packed,
+            plan,
+            scratch + t * bytes_each,
+        )
+
+
+@jit()
+def _pack_segments(source, stride_batch, valid, height, width, segment, out, plane, lines):
+    """dy's rows as whole segments of pixels, [segment][pixel][lane]; a last one that begins early is 0 where it overlaps."""
+    pack_plane(source, stride_batch, valid, height, width, 0, 0, height, width, plane, lines)
+    place = np.int64(0)
+    for y in range(height):
+        for x in range(0, width, segment):
+            first = min(x, width - segment)
+            for i in range(segment):
+                if first + i < x:
+                    zero_line(out, place)
+                else:
+                    copy_line(plane, (y * width + first + i) * LANES, out, place)
+                place += LANES
+
+
+@jit()
+def _correlate_rows(width, step, b, n0, n1, image, dy_at, index, sums_at, sizes, packed, scratch):
+    """Add the products of 16 images to the sums of rows n0..n1: a line of 16 lanes a slot."""
+    B, C, H, W, N, Ho, Wo = sizes
+    stride, _, _, rows, columns = packed
+    starts_at, offsets_at, _, blocks, live = index
+    starts, offsets = storage_pointer(starts_at, _INTS), storage_pointer(offsets_at, _INTS)
+    dy, sums = storage_pointer(dy_at, _FLOATS), storage_pointer(sums_at, _FLOATS)
+    lines = compute_pointer(scratch, _FLOATS)
+    plane = shifted(lines, LANES * LANES)
+    segments = shifted(plane, Ho * Wo * LANES)
+    half = len(width)
+    a_row = (Wo + half - 1) // half
+    count = Ho * a_row
+    each = (count + 1) // 2 * 2 * half * LANES
+    for n in range(n0, n1):
+        alive = False
+        for k in range(blocks):
+            alive |= starts[k * (N + 1) + n + 1] > starts[k * (N + 1) + n]
+        if alive:
+            own = shifted(segments, (n - n0) * each)
+            source = shifted(dy, (b * N + n) * Ho * Wo)
+            _pack_segments(source, N * Ho * Wo, min(B - b, LANES), Ho, Wo, half, own, plane, lines)
+            for i in range(count * half, each // LANES):
+                zero_line(own, i * LANES)
+    for s in range(0, count, 2):
+        one = (s // a_row * stride * columns + min(s % a_row * half, Wo - half) * len(step)) * LANES
+        t = min(s + 1, count - 1)
+        two = (t // a_row * stride * columns + min(t % a_row * half, Wo - half) * len(step)) * LANES
+        for k in range(blocks):
+            for n in range(n0, n1):
+                j = np.int64(starts[k * (N + 1) + n])
+                slots = np.int64(starts[k * (N + 1) + n + 1]) - j
+                if slots > 0:
+                    correlate_row(
+                        width,
+                        step,
+                        shifted(offsets, j),
+                        shifted(sums, j * LANES),
+                        shifted(image, one),
+                        two - one,
+                        shifted(segments, (n - n0) * each + s * half * LANES),
+                        slots,
+                    )
+
+
+@jit()
+def _pack_channels(b, first, last, x_at, index, sizes, packed, image, lines):
+    """Live channels first..last of 16 images, packed whole."""
+    B, C, H, W, _, _, _ = sizes
+    _, top, left, rows, columns = packed
+    x, channels = storage_pointer(x_at, _FLOATS), storage_pointer(index[2], _INTS)
+    for c in range(first, last):
+        plane = shifted(x, (b * C + np.int64(channels[c])) * H * W)
+        out = shifted(image, c * rows * columns * LANES)
+        pack_plane(plane, C * H * W, min(B - b, LANES), H, W, -top, left, rows, columns, out, lines)
+
+
+@jit()
+def _leave(first, last, sums, positions, out):
+    """out[position of the slot] = sum of its 16 lanes."""
+    for j in range(first, last):
+        line = sums[j * LANES : (j + 1) * LANES]
+        total = np.float32(0)
+        for i in range(LANES // 2):
+            total += line[i] + line[i + LANES // 2]
+        out[positions[j]] = total
+
+
+@jit(parallel=True)
+def _correlate(
+    workers, parts, bytes_each, width, step, x_at, dy_at, index, sums, positions, out, sizes, packed, image_at, scratch
+):
+    live, slots = index[4], positions.size
+    for t in prange(workers):
+        sums[slots * t // workers * LANES : slots * (t + 1) // workers * LANES] = 0
+    for b in range(0, sizes[0], LANES):
+        for t in prange(workers):
+            own = scratch + t * bytes_each
+            image, lines = compute_pointer(image_at, _FLOATS), compute_pointer(own, _FLOATS)
+            _pack_channels(b, live * t // workers, live * (t + 1) // workers, x_at, index, sizes, packed, image, lines)
+        for t in prange(workers):
+            own = scratch + t * bytes_each
+            image = compute_pointer(image_at, _FLOATS)
+            _correlate_rows(
+                width,
+                step,
+                b,
+                parts[t],
+                parts[t + 1],
+                image,
+                dy_at,
+                index,
+                sums.ctypes.data,
+                sizes,
+                packed,
+                own,
+            )
+    for t in prange(workers):
+        _leave(slots * t // workers, slots * (t + 1) // workers, sums, positions, out)
+
+
+class Geometry(NamedTuple):
+    """Of one spatial convolution: strides, zeros before the first row and column, dilation, and the output's height and width."""
+
+    stride: tuple[int, int]
+    before: tuple[int, int]
+    dilation: tuple[int, int]
+    kernel: tuple[int, int]
+    out: tuple[int, int]
+
+
+def _tile(width: int) -> int:
+    return next(v for v in (8, 4, 2, 1) if v <= width)
+
+
+def _offsets_of(taps: Tensor, geometry: Geometry, rows: int, columns: int) -> Tensor:
+    """Where every survivor's input begins in packed images of rows x columns."""
+    kept = _offsets.setdefault(taps, {})
+    key = (rows, columns, geometry.dilation)
+    if key not in kept:
+        height, width = geometry.kernel
+        at = taps.long()
+        c, y, x = at // (height * width), at // width % height, at % width
+        lines = (c * rows + y * geometry.dilation[0]) * columns + x * geometry.dilation[1]
+        kept[key] = (lines * LANES).to(torch.int32)
+    return kept[key]
+
+
+def convolve(
+    x: Tensor, values: Tensor, bias: Tensor | None, rows: int, index: list[Tensor], geometry: Geometry
+) -> Tensor:
+    """y (B, rows, Ho, Wo) of x (B, C, H, W), contiguous, float32; values: of the index's slots."""
+    B, C, H, W = x.shape
+    (Ho, Wo), (sy, sx) = geometry.out, geometry.stride
+    y = torch.empty((B, rows, Ho, Wo), dtype=x.dtype)
+    starts, taps, _, channels = index
+    batch_blocks = -(-B // LANES)
+    workers = threads()
+    bands = 1 if batch_blocks % workers == 0 or batch_blocks >= 3 * workers else min(Ho, 2 * workers)
+    band_rows = -(-Ho // bands)
+    bands = -(-Ho // band_rows)
+    reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel, geometry.dilation, strict=True)]
+    image_rows, columns = (band_rows - 1) * sy + reach[0], (Wo - 1) * sx + reach[1]
+    live = channels.numel()
+    at_once = max(1, min(band_rows, SUMS // (rows * Wo * LANES * 4)))
+    offsets = _offsets_of(taps, geometry, image_rows, columns)
+    bytes_each = (live * image_rows * columns + LANES + rows * at_once * Wo) * LANES * 4
+    tasks = batch_blocks * bands
+    workers = min(workers, tasks)
+    scratch = torch.empty(workers * bytes_each, dtype=torch.uint8)
+    width, step = (0,) * _tile(Wo), (0,) * sx
+    arguments = (
+        *(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr()),
+        (starts.data_ptr(), offsets.data_ptr(), channels.data_ptr(), starts.shape[0], live),
+        values.data_ptr(),
+        (B, C, H, W, rows, Ho, Wo),
+        (sy, *geometry.before, image_rows, columns),
+        (bands, band_rows, at_once),
+        scratch.data_ptr(),
+    )
+    if workers > 1:
+        _convolve_parallel(workers, tasks, bytes_each, width, step, *arguments)
+    else:
+        _convolve_tasks(width, step, 0, tasks, *arguments)
+    return y
+
+
+def correlate(x: Tensor, dy: Tensor, out: Tensor, index: list[Tensor], geometry: Geometry) -> None:
+    """out[position] = the gradient of every survivor's weight, of x (B, C, H, W) and dy (B, N, Ho, Wo); out: flat."""
+    B, C, H, W = x.shape
+    N, Ho, Wo = dy.shape[1:]
+    sy, sx = geometry.stride
+    starts, taps, positions, channels = index
+    reach = [(k - 1) * d + 1 for k, d in zip(geometry.kernel, geometry.dilation, strict=True)]
+    rows, columns = (Ho - 1) * sy + reach[0], (Wo - 1) * sx + reach[1]
+    live = channels.numel()
+    offsets = _offsets_of(taps, geometry, rows, columns)
+    workers = min(threads(), N)
+    parts = _parts(starts, workers)
+    half = _tile(Wo)
+    count = Ho * -(-Wo // half)
+    most = int(np.diff(parts).max())
+    lines = LANES + Ho * Wo + most * (count + 1) // 2 * 2 * half
+    bytes_each = lines * LANES * 4
+    image = torch.empty(live * rows * columns * LANES)
+    scratch = torch.empty(workers * bytes_each, dtype=torch.uint8)
+    sums = torch.empty(taps.numel() * LANES)
+    _correlate(
+        workers,
+        parts,
+        bytes_each,
+        (0,) * half,
+        (0,) * sx,
+        x.data_ptr(),
+        dy.data_ptr(),
+        (starts.data_ptr(), offsets.data_ptr(), channels.data_ptr(), starts.shape[0], live),
+        sums.numpy(),
+        positions.numpy(),
+        out.numpy(),
+        (B, C, H, W, N, Ho, Wo),
+        (sy, *geometry.before, rows, columns),
+        image.data_ptr(),
+        scratch.data_ptr(),
+    )
+
+
+def _parts(starts: Tensor, workers: int) -> np.ndarray:
+    """First rows of the workers' shares: about the same number of survivors each."""
+    before = starts.numpy().sum(0) - starts.numpy()[:, 0].sum()
+    inner = np.searchsorted(before, before[-1] * np.arange(1, workers) / workers)
+    return np.concatenate(([0], inner, [len(before) - 1]))

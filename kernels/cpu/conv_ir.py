@@ -1,0 +1,144 @@
+"""Vector IR of the direct sparse convolution: a survivor is one broadcast, and V loads and multiply-adds on shifted pixels.
+
+A pixel is a line of 16 lanes, the batch; so every load is aligned, whatever the shift, stride or dilation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from .spmm_ir import LANES, Loop, element_type, fused, intrinsic, splat, store_vector, vector_at
+
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+
+def _zero(element: ir.Type) -> ir.Constant:
+    return ir.Constant(ir.VectorType(element, LANES), [0.0] * LANES)
+
+
+def _offset(builder: Any, offsets: Any, j: Any) -> Any:
+    return builder.sext(builder.load(builder.gep(offsets, [j])), _I64)
+
+
+@intrinsic
+def multiply_row(
+    typingctx: Any,
+    width: Any,
+    step: Any,
+    offsets: Any,
+    values: Any,
+    x: Any,
+    sums: Any,
+    count: Any,
+    bias: Any,
+    begins: Any,
+) -> Any:
+    """sums[v] (+)= sum over j < count of values[j] * x[offsets[j] + 16 step v], lines v < V; from `bias` if `begins`.
+
+    width, step: tuples of V and of the stride. offsets: int32, in elements. All V sums stay in registers.
+    """
+    wide, stride = len(width), len(step) * LANES
+    element = element_type(x.dtype)
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, _, places, vals, lines, out, n, first, fresh = args
+
+        def survivor(j: Any, sums: list[Any]) -> list[Any]:
+            base = builder.gep(lines, [_offset(builder, places, j)])
+            value = splat(builder, builder.load(builder.gep(vals, [j])))
+            return [
+                fused(builder, value, vector_at(builder, base, v * stride, element, 64), sums[v]) for v in range(wide)
+            ]
+
+        zeros = [_zero(element)] * wide
+        loop_end, first_j = n, None
+        start = zeros
+        if wide < 8:  # multiply-adds take four cycles, two a cycle: eight chains at least
+            even = builder.and_(n, ir.Constant(_I64, -2))
+            pairs = Loop(builder, even, zeros * 2, stride=2)
+            odd = survivor(builder.add(pairs.j, ir.Constant(_I64, 1)), pairs.carried[wide:])
+            pairs.end(survivor(pairs.j, pairs.carried[:wide]) + odd)
+            start = [builder.fadd(a, b) for a, b in zip(pairs.carried[:wide], pairs.carried[wide:], strict=True)]
+            first_j = even
+        loop = Loop(builder, loop_end, start, first=first_j)
+        loop.end(survivor(loop.j, loop.carried))
+        totals = loop.carried
+        is_first = builder.icmp_signed("!=", fresh, ir.Constant(fresh.type, 0))
+        with builder.if_else(is_first) as (then, otherwise):
+            with then:
+                line = splat(builder, first)
+                for v in range(wide):
+                    store_vector(builder, builder.fadd(line, totals[v]), out, v * LANES, 64)
+            with otherwise:
+                for v in range(wide):
+                    before = vector_at(builder, out, v * LANES, element, 64)
+                    store_vector(builder, builder.fadd(before, totals[v]), out, v * LANES, 64)
+        return ctx.get_dummy_value()
+
+    signature = types.void(width, step, offsets, values, x, sums, types.int64, x.dtype, types.int64)
+    return signature, codegen
+
+
+@intrinsic
+def correlate_row(
+    typingctx: Any,
+    width: Any,
+    step: Any,
+    offsets: Any,
+    sums: Any,
+    x: Any,
+    second: Any,
+    y: Any,
+    count: Any,
+) -> Any:
+    """sums[j] += sum over lines v < 2 V of y[v] * x[offsets[j] + shift of v], for j < count; sums stay vectors of 16 lanes.
+
+    Shift of v: 16 step v for v < V, second + 16 step (v - V) from there. y stays in registers.
+    """
+    half, stride = len(width), len(step) * LANES
+    element = element_type(x.dtype)
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, _, places, totals, lines, shift, dy, n = args
+        kept = [vector_at(builder, dy, v * LANES, element, 64) for v in range(2 * half)]
+        loop = Loop(builder, n, [])
+        base = builder.gep(lines, [_offset(builder, places, loop.j)])
+        other = builder.gep(base, [shift])
+        place = builder.mul(loop.j, ir.Constant(_I64, LANES))
+        one = vector_at(builder, totals, place, element, 64)
+        two = builder.fmul(kept[half], vector_at(builder, other, 0, element, 64))
+        for v in range(half):
+            one = fused(builder, kept[v], vector_at(builder, base, v * stride, element, 64), one)
+            if v:
+                two = fused(builder, kept[half + v], vector_at(builder, other, v * stride, element, 64), two)
+        store_vector(builder, builder.fadd(one, two), totals, place, 64)
+        loop.end([])
+        return ctx.get_dummy_value()
+
+    return types.void(width, step, offsets, sums, x, types.int64, y, types.int64), codegen
+
+
+@intrinsic
+def copy_line(typingctx: Any, source: Any, start: Any, out: Any, place: Any) -> Any:
+    """out[place : place + 16] = source[start : start + 16], both aligned lines of the dtype that arithmetic runs in."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        src, i, dst, j = args
+        store_vector(builder, vector_at(builder, src, i, element_type(source.dtype), 64), dst, j, 64)
+        return ctx.get_dummy_value()
+
+    return types.void(source, types.int64, source, types.int64), codegen
+
+
+@intrinsic
+def zero_line(typingctx: Any, out: Any, place: Any) -> Any:
+    """out[place : place + 16] = 0."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        store_vector(builder, _zero(element_type(out.dtype)), args[0], args[1], 64)
+        return ctx.get_dummy_value()
+
+    return types.void(out, types.int64), codegen
