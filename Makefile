@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow bench gpu-report gpu lint format clean
+.PHONY: demo test test-slow test-zoo bench gpu-report gpu lint format clean
 
 .venv/.installed: setup.py
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,17 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+# torchvision and timm need CUDA's torch, gigabytes: a second environment, never part of the others
+.venv-zoo/.installed: setup.py
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.14.1 torchvision==0.29.1 "timm==1.0.*" numba safetensors matplotlib rich typer scipy pytest
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+test-zoo: .venv-zoo/.installed
+	.venv-zoo/bin/python -m pytest -m zoo tests/test_zoo.py
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -37,5 +48,5 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-zoo build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -286,7 +286,7 @@ def test_the_command_line_compares_a_checkpoint_with_a_text(tmp_path, capsys, tr
     assert "As expected" in capsys.readouterr().out
     assert main(["inspect", str(path), "--expect", "*.weight=kaiming_normal"]) == 1
     out = capsys.readouterr().out
-    assert "Not as expected: 1 parameter\n" in out.replace(" \n", "\n")
+    assert "Not as expected: 1 parameter " in out
     assert "1.weight" in out.split("Not as expected")[1]
     assert main(["inspect", str(path), "--expect", "1.weight=normal(0, 0.0756)"]) == 0
     for wrong in ("kaiming_normal", "*=", "*=normal(0, x)", "*=lecun", "nothing=zeros", "*=normal(1)"):
