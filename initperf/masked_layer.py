@@ -100,7 +100,7 @@ class MaskedLayer(nn.Module):
             fail("a weight of float32, bfloat16, float16 or float64", self.weight.dtype)
         if self.weight_mask.dtype != torch.bool:
             self.weight_mask = self.weight_mask.bool()
-        self._pattern = SparsePattern(self.weight_mask)
+        self._pattern = self._new_pattern()
         weight = self._parameters.get("weight")
         if weight is not None and not weight.is_meta and self._pattern.nnz < weight.numel():
             pruned = ~self.weight_mask
@@ -119,6 +119,10 @@ class MaskedLayer(nn.Module):
     def density(self) -> float:
         """Surviving fraction."""
         return self._fresh_pattern().density
+
+    def _new_pattern(self) -> SparsePattern:
+        """What the mask means to the kernels of this layer."""
+        return SparsePattern(self.weight_mask)
 
     def _fresh_pattern(self) -> SparsePattern:
         if not self._pattern.is_of(self.weight_mask):
@@ -148,7 +152,7 @@ class MaskedLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pattern = SparsePattern(self.weight_mask)
+        self._pattern = self._new_pattern()
         LAYERS.add(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -25,7 +25,10 @@ class SparsePattern:
         self.tensors: list[Tensor] = []
         device = mask.device.type
         if self.nnz and (device != "cpu" or self.density < DENSE_FROM):
-            self.tensors = ops.implementation("pattern_tensors", device)(mask.flatten(1))
+            self.tensors = self._index(mask)
+
+    def _index(self, mask: Tensor) -> list[Tensor]:
+        return ops.implementation("pattern_tensors", mask.device.type)(mask.flatten(1))
 
     def is_of(self, mask: Tensor) -> bool:
         """Whether `mask` is the tensor this was built from, unedited as far as its version tells (inference tensors have none)."""
