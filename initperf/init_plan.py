@@ -176,6 +176,14 @@ def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str
     task.text = str(task.init)
 
 
+def _attribute(module: nn.Module, name: str) -> Any:
+    """getattr(module, name, None), without the microsecond that nn.Module takes to say that there is none."""
+    if name in module._buffers:
+        return module._buffers[name]
+    known = name in module.__dict__ or name in module._parameters or hasattr(type(module), name)
+    return getattr(module, name, None) if known else None
+
+
 def attach_masks(tasks: list[Task], masks: Mapping[str, Tensor], rescale: str | None) -> None:
     """Each task's mask: the one given, else its layer's own `<name>_mask`. Checks what `rescale` needs."""
     known = {t.name: t for t in tasks}
@@ -187,7 +195,7 @@ def attach_masks(tasks: list[Task], masks: Mapping[str, Tensor], rescale: str | 
         check(known[name].bits is None, f"no mask for {name}, a compressed weight, which has its own", "one")
         known[name].mask, known[name].given = mask, True
     for task in tasks:
-        own = None if task.bits is not None else getattr(task.place.module, f"{task.place.leaf}_mask", None)
+        own = None if task.bits is not None else _attribute(task.place.module, f"{task.place.leaf}_mask")
         if not task.given and isinstance(own, Tensor) and tuple(own.shape) == task.shape and not own.is_meta:
             task.mask = own if own.dtype == torch.bool else own != 0
         if (task.mask is None and task.bits is None) or task.keep or rescale is None:

@@ -16,9 +16,10 @@ def _known(module: nn.Module, name: str, buffer: Tensor) -> bool:
 
 def check_buffers(model: nn.Module) -> None:
     """Raise if a buffer is on the meta device and nothing tells its values."""
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta and not _known(module, name, buffer):
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta and not _known(module, name, buffer):
+                path = next(path for path, m in model.named_modules() if m is module)
                 fail(
                     f"buffer {path}.{name} with values (build {type(module).__name__} off the meta device)",
                     "a buffer on the meta device, whose values nobody knows",

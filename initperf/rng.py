@@ -230,6 +230,7 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     return high << 32 | low
 
 
+@lru_cache(maxsize=1 << 14)
 def canonical_name(name: str) -> str:
     """A parameter's qualified name without the parts that wrappers add (DDP, FSDP, compile, checkpoint, parametrize)."""
     if name.endswith(".original"):
@@ -240,6 +241,7 @@ def canonical_name(name: str) -> str:
     return ".".join(parts)
 
 
+@lru_cache(maxsize=1 << 14)
 def stream_of(name: str) -> int:
     """The stream of a parameter: the first 8 bytes of SHA-256 of its canonical name, little-endian."""
     return int.from_bytes(hashlib.sha256(canonical_name(name).encode()).digest()[:8], "little")

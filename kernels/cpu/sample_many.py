@@ -25,10 +25,10 @@ from .sample_blocks import LANES, MEAN, SQUARES, N, bits_set, fill, measure, pic
 _TILES = 8  # tiles of a block: 32 KiB of float32, within the first-level cache
 _SPAN = _TILES * TILE
 _CONSTANT = -1  # a kind of this file: every value has the bits that stand in PARAMS
-# What a block of each costs, as a constant one does; measured. _SERIAL: costs below which threads cost more than they save.
+# What a tile costs, measured, where one of a constant costs 1; from _PARALLEL on threads save more than they cost.
 _COST = {_CONSTANT: 1, UNIFORM: 3, NORMAL: 5}
 _TRUNCATED_COST = 7
-_SERIAL = 8 * 5
+_PARALLEL = 64 * _COST[NORMAL]
 
 _COLUMNS = 11
 ADDRESS, CODE, COUNT, KIND, PARAMS, STREAM, MASK, BITS, COST, FIRST_BLOCK, FIRST_COST = range(_COLUMNS)
@@ -122,9 +122,11 @@ def _combined(plan: Any, records: Any, result: Any) -> None:
 
 @jit()
 def _planned(plan: Any) -> None:
+    """Turn COST from that of a tile to that of a block, and fill FIRST_BLOCK and FIRST_COST."""
     for t in range(len(plan) - 1):
         s, after = plan[t], plan[t + 1]
         blocks = (s[COUNT] + _SPAN - 1) // _SPAN
+        s[COST] *= min((s[COUNT] + TILE - 1) // TILE, _TILES)
         after[FIRST_BLOCK] = s[FIRST_BLOCK] + blocks
         after[FIRST_COST] = s[FIRST_COST] + blocks * s[COST]
 
@@ -213,7 +215,7 @@ def sample_many_(
     records = np.empty((blocks if moments else 0, 3))
     starts = np.empty(blocks if plan[:, BITS].any() else 0, np.int64)
     words = seed & 0xFFFFFFFF, seed >> 32
-    count = threads() if plan[-1, FIRST_COST] > _SERIAL else 1
+    count = threads() if plan[-1, FIRST_COST] >= _PARALLEL else 1
     if count > 1:
         _parallel(plan, _SIZES, *words, 8 * count, starts, records, result.numpy())
     else:
