@@ -7,6 +7,7 @@ Every sum runs over channels and taps, or over images and pixels, in one fixed o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from numba import prange
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .conv_index import conv_pattern_tensors as conv_pattern_tensors
 from .conv_ir import copy_line, correlate_row, multiply_row, zero_line
 from .conv_pack import pack_plane, unpack_pixels
 from .jit import jit, threads
@@ -217,7 +219,7 @@ def _correlate(
         _leave(slots * t // workers, slots * (t + 1) // workers, sums, positions, out)
 
 
-class Geometry(NamedTuple):
+class Shape(NamedTuple):
     """Of one spatial convolution: strides, zeros before the first row and column, dilation, and the output's height and width."""
 
     stride: tuple[int, int]
@@ -231,7 +233,7 @@ def _tile(width: int) -> int:
     return next(v for v in (8, 4, 2, 1) if v <= width)
 
 
-def _offsets_of(taps: Tensor, geometry: Geometry, rows: int, columns: int) -> Tensor:
+def _offsets_of(taps: Tensor, geometry: Shape, rows: int, columns: int) -> Tensor:
     """Where every survivor's input begins in packed images of rows x columns."""
     kept = _offsets.setdefault(taps, {})
     key = (rows, columns, geometry.dilation)
@@ -244,9 +246,7 @@ def _offsets_of(taps: Tensor, geometry: Geometry, rows: int, columns: int) -> Te
     return kept[key]
 
 
-def convolve(
-    x: Tensor, values: Tensor, bias: Tensor | None, rows: int, index: list[Tensor], geometry: Geometry
-) -> Tensor:
+def convolve(x: Tensor, values: Tensor, bias: Tensor | None, rows: int, index: list[Tensor], geometry: Shape) -> Tensor:
     """y (B, rows, Ho, Wo) of x (B, C, H, W), contiguous, float32; values: of the index's slots."""
     B, C, H, W = x.shape
     (Ho, Wo), (sy, sx) = geometry.out, geometry.stride
@@ -283,7 +283,7 @@ def convolve(
     return y
 
 
-def correlate(x: Tensor, dy: Tensor, out: Tensor, index: list[Tensor], geometry: Geometry) -> None:
+def correlate(x: Tensor, dy: Tensor, out: Tensor, index: list[Tensor], geometry: Shape) -> None:
     """out[position] = the gradient of every survivor's weight, of x (B, C, H, W) and dy (B, N, Ho, Wo); out: flat."""
     B, C, H, W = x.shape
     N, Ho, Wo = dy.shape[1:]
@@ -320,6 +320,81 @@ def correlate(x: Tensor, dy: Tensor, out: Tensor, index: list[Tensor], geometry:
         image.data_ptr(),
         scratch.data_ptr(),
     )
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    survivors: Tensor,
+    pattern: list[Tensor],
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    premasked: bool,
+) -> Tensor:
+    """See initperf/reference/conv.py."""
+    spatial = _shape(x.shape[2:], shape, stride, padding, dilation)
+    bias = None if bias is None else bias.contiguous()
+    return convolve(x.contiguous(), _values(weight, pattern[2]), bias, shape[0], pattern[:4], spatial)
+
+
+def masked_conv2d_grad_input(
+    dy: Tensor,
+    weight: Tensor,
+    survivors: Tensor,
+    pattern: list[Tensor],
+    shape: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    premasked: bool,
+) -> Tensor:
+    """See initperf/reference/conv.py; stride 1."""
+    before = [(k - 1) * d - p for k, d, p in zip(shape[2:], dilation, padding, strict=True)]
+    spatial = Shape((1, 1), _pair(before), _pair(dilation), _pair(shape[2:]), _pair(size))
+    return convolve(dy.contiguous(), _values(weight, pattern[6]), None, shape[1] * groups, pattern[4:], spatial)
+
+
+def masked_conv2d_grad_weight(
+    dy: Tensor,
+    x: Tensor,
+    survivors: Tensor,
+    pattern: list[Tensor],
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """See initperf/reference/conv.py."""
+    if survivors.dtype == torch.bool:
+        out = torch.zeros(list(shape), dtype=x.dtype)
+    else:
+        out = torch.empty((survivors.numel(), 1), dtype=x.dtype)
+    spatial = _shape(x.shape[2:], shape, stride, padding, dilation)
+    correlate(x.contiguous(), dy.contiguous(), out.view(-1), pattern[:4], spatial)
+    return out
+
+
+def _values(weight: Tensor, positions: Tensor) -> Tensor:
+    return weight.contiguous().view(-1).index_select(0, positions)
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _shape(
+    size: Sequence[int], shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Shape:
+    terms = zip(size, padding, dilation, shape[2:], stride, strict=True)
+    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in terms]
+    return Shape(_pair(stride), _pair(padding), _pair(dilation), _pair(shape[2:]), _pair(out))
 
 
 def _parts(starts: Tensor, workers: int) -> np.ndarray:

@@ -1,0 +1,201 @@
+"""A masked convolution and its two gradients as torch ops, closed under backward; each runs sparse or dense, by conv_pays.
+
+    initperf::masked_conv2d              y  = x * (W o M) + b
+    initperf::masked_conv2d_grad_input   dx
+    initperf::masked_conv2d_grad_weight  dW, at survivors only
+
+Shapes and arguments: initperf/reference/conv.py. The weight is stored dense or as its survivors' values alone.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from initperf import choice, direct, ops
+from initperf.pattern import SparsePattern
+from initperf.reference import conv as reference
+from initperf.reference.conv import Ints
+
+ops.register("conv_pattern_tensors", "conv")
+
+_DENSE = {"cpu": "onednn", "cuda": "cudnn"}
+_LANES = 16  # images that the sparse kernel computes at once
+
+# Break-even densities of the sparse kernel against oneDNN in float32, full lanes (2 threads of a Zen 5 with AVX-512,
+# benchmarks/bench_conv.py), held back for other machines.
+BREAK_EVEN = {"masked_conv2d": 0.28, "masked_conv2d_grad_input": 0.28, "masked_conv2d_grad_weight": 0.25}
+
+
+class ConvPattern(SparsePattern):
+    """What a mask (N, C / groups, height, width) means to the kernels of convolutions.
+
+    survivors: what the ops take: the mask, or where only values are stored (`compressed`) the survivors' flat positions.
+    """
+
+    def __init__(self, mask: Tensor, groups: int, *, compressed: bool = False) -> None:
+        self._groups, self._compressed = groups, compressed
+        super().__init__(mask)
+        self.survivors = mask.flatten().nonzero().flatten().to(torch.int32) if compressed else mask
+
+    def _index(self, mask: Tensor) -> list[Tensor]:
+        if mask.device.type != "cpu" or mask.numel() >= 2**31:
+            return []
+        return ops.implementation("conv_pattern_tensors", "cpu")(mask, self._groups, self._compressed)
+
+
+def conv_pays(
+    kind: str, batch: int, out: Ints, shape: Ints, nnz: int, dtype: torch.dtype, device: str, stride: Ints
+) -> bool:
+    """Whether the sparse kernel runs for `kind` (of BREAK_EVEN), or the dense convolution.
+
+    out: height and width of y, for the input gradient of x; shape: of the dense weight; nnz: survivors.
+    """
+    if device != "cpu" or dtype != torch.float32 or not batch or min(out) < 1 or not nnz:
+        return False
+    if stride[1] > 2 or (kind == "masked_conv2d_grad_input" and tuple(stride) != (1, 1)):
+        return False
+    if choice._mode != "auto":
+        return choice._mode == "sparse"
+    tile = next(v for v in (8, 4, 2, 1) if v <= out[1])
+    filled = batch / (-(-batch // _LANES) * _LANES) * out[1] / (-(-out[1] // tile) * tile) * min(1.0, (tile + 2) / 8)
+    return nnz < BREAK_EVEN[kind] * filled * prod(shape)
+
+
+def _run(name: str, batch: int, out: Ints, pattern: list[Tensor], shape: Ints, stride: Ints, *args: Any) -> Tensor:
+    device = args[0].device.type
+    sparse = bool(pattern) and conv_pays(name, batch, out, shape, pattern[1].numel(), args[0].dtype, device, stride)
+    if sparse or ops.backend_of(name, "cpu") == "reference":
+        return ops.implementation(name, device)(*args)
+    ops.CALLS[name, _DENSE[device]] += 1
+    return getattr(reference, name)(*args)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """The op masked_conv2d, without a dispatch to Python where nothing could tell the difference."""
+    if not direct.plain(x):
+        return masked_conv2d(x, weight, bias, *rest)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Conv2d.apply(x, weight, bias, *rest)
+    return _masked_conv2d(x, weight, bias, *rest)
+
+
+def _out_size(size: Ints, shape: Ints, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
+    return [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, shape[2:], stride, padding, dilation, strict=True)
+    ]
+
+
+def _masked_conv2d(x, weight, bias, survivors, pattern, shape, stride, padding, dilation, groups, premasked):
+    geometry = (shape, stride, padding, dilation, groups)
+    out = _out_size(x.shape[2:], shape, stride, padding, dilation)
+    args = (x, weight, bias, survivors, pattern, *geometry, premasked)
+    return _run("masked_conv2d", len(x), out, pattern, shape, stride, *args)
+
+
+def _grad_input(dy, weight, survivors, pattern, shape, size, stride, padding, dilation, groups, premasked):
+    args = (dy, weight, survivors, pattern, shape, size, stride, padding, dilation, groups, premasked)
+    return _run("masked_conv2d_grad_input", len(dy), size, pattern, shape, stride, *args)
+
+
+def _grad_weight(dy, x, survivors, pattern, shape, stride, padding, dilation, groups):
+    args = (dy, x, survivors, pattern, shape, stride, padding, dilation, groups)
+    return _run("masked_conv2d_grad_weight", len(dy), dy.shape[2:], pattern, shape, stride, *args)
+
+
+_GEOMETRY = "SymInt[] shape, int[] stride, int[] padding, int[] dilation, int groups"
+masked_conv2d = ops.define(
+    f"masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor survivors, Tensor[] pattern, {_GEOMETRY}, bool premasked)"
+    " -> Tensor",
+    module="conv",
+    run=_masked_conv2d,
+    fake=lambda x, weight, bias, survivors, pattern, shape, stride, padding, dilation, groups, premasked: x.new_empty(
+        x.shape[0], shape[0], *_out_size(x.shape[2:], shape, stride, padding, dilation)
+    ),
+)
+masked_conv2d_grad_input = ops.define(
+    "masked_conv2d_grad_input(Tensor dy, Tensor weight, Tensor survivors, Tensor[] pattern, "
+    f"{_GEOMETRY.replace('shape', 'shape, SymInt[] size', 1)}, bool premasked) -> Tensor",
+    module="conv",
+    run=_grad_input,
+    fake=lambda dy, weight, survivors, pattern, shape, size, stride, padding, dilation, groups, premasked: dy.new_empty(
+        dy.shape[0], shape[1] * groups, *size
+    ),
+)
+masked_conv2d_grad_weight = ops.define(
+    f"masked_conv2d_grad_weight(Tensor dy, Tensor x, Tensor survivors, Tensor[] pattern, {_GEOMETRY}) -> Tensor",
+    module="conv",
+    run=_grad_weight,
+    fake=lambda dy, x, survivors, pattern, shape, stride, padding, dilation, groups: (
+        x.new_empty(shape) if survivors.dtype == torch.bool else x.new_empty(survivors.shape[0], 1)
+    ),
+)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, survivors, pattern, *rest):
+        ctx.save_for_backward(x, weight, survivors, *pattern)
+        ctx.rest = rest
+        return direct.below(masked_conv2d, _masked_conv2d, x, weight, bias, survivors, pattern, *rest)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, survivors, *pattern = ctx.saved_tensors
+        shape, *geometry, premasked = ctx.rest
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dx = dw = None
+        if needs_x:
+            args = (dy, weight, survivors, pattern, shape, x.shape[2:], *geometry, premasked)
+            dx = direct.backward(masked_conv2d_grad_input, _grad_input, *args)
+        if needs_weight:
+            dw = direct.backward(masked_conv2d_grad_weight, _grad_weight, dy, x, survivors, pattern, shape, *geometry)
+        return dx, dw, dy.sum((0, 2, 3)) if needs_bias else None, *(None,) * (2 + len(ctx.rest))
+
+
+class _GradInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dy, weight, survivors, pattern, shape, size, *rest):
+        ctx.save_for_backward(dy, weight, survivors, *pattern)
+        ctx.rest = (shape, *rest)
+        args = (dy, weight, survivors, pattern, shape, size, *rest)
+        return direct.below(masked_conv2d_grad_input, _grad_input, *args)
+
+    @staticmethod
+    def backward(ctx, g):
+        dy, weight, survivors, *pattern = ctx.saved_tensors
+        needs_dy, needs_weight = ctx.needs_input_grad[:2]
+        ddy = masked_conv2d(g, weight, None, survivors, pattern, *ctx.rest) if needs_dy else None
+        dw = masked_conv2d_grad_weight(dy, g, survivors, pattern, *ctx.rest[:-1]) if needs_weight else None
+        return ddy, dw, *(None,) * (3 + len(ctx.rest))
+
+
+class _GradWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dy, x, survivors, pattern, *rest):
+        ctx.save_for_backward(dy, x, survivors, *pattern)
+        ctx.rest = rest
+        return direct.below(masked_conv2d_grad_weight, _grad_weight, dy, x, survivors, pattern, *rest)
+
+    @staticmethod
+    def backward(ctx, g):  # g is any tensor of the weight's storage: not masked
+        dy, x, survivors, *pattern = ctx.saved_tensors
+        needs_dy, needs_x = ctx.needs_input_grad[:2]
+        shape, *geometry = ctx.rest
+        ddy = masked_conv2d(x, g, None, survivors, pattern, *ctx.rest, False) if needs_dy else None
+        args = (dy, g, survivors, pattern, shape, x.shape[2:], *geometry, False)
+        dx = masked_conv2d_grad_input(*args) if needs_x else None
+        return ddy, dx, *(None,) * (2 + len(ctx.rest))
+
+
+ops.differentiate("masked_conv2d", _Conv2d.apply)
+ops.differentiate("masked_conv2d_grad_input", _GradInput.apply)
+ops.differentiate("masked_conv2d_grad_weight", _GradWeight.apply)
+for _op in (masked_conv2d, masked_conv2d_grad_input, masked_conv2d_grad_weight):
+    ops.autocast(_op)
