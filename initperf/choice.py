@@ -110,7 +110,7 @@ def measured(threads: int) -> Table | None:
     path = table_path(threads)
     try:
         table: Any = json.loads(path.read_text())["table"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return table if _is_table(table) else None
 

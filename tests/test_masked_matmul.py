@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close_to_exact, bits
 
-from initperf import masked_ops
+from initperf import choice, masked_ops
 from initperf.pattern import SparsePattern
 from initperf.reference import masked_matmul as reference
 
@@ -235,19 +235,18 @@ def survivors(units, columns, shape):
     return mask
 
 
-def test_the_dense_products_of_the_ops_are_counted_under_their_own_name(monkeypatch):
+def test_the_dense_products_of_the_ops_are_counted_under_their_own_name():
     x, _, weight, bias, mask = operands(20, 70, 90, 0.2)
     pattern = SparsePattern(mask).tensors
-    for sparse, backend in ((True, "numba"), (False, "mkl")):
-        monkeypatch.setattr(masked_ops, "choose", lambda *args, _sparse=sparse, **kwargs: _sparse)
+    for mode, backend in (("sparse", "numba"), ("dense", "mkl")):
         before = masked_ops.ops.CALLS["masked_linear", backend]
-        masked_ops.masked_linear(x, weight, bias, mask, pattern, True)
+        with choice.prefer(mode):
+            masked_ops.masked_linear(x, weight, bias, mask, pattern, True)
         assert masked_ops.ops.CALLS["masked_linear", backend] == before + 1
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-def test_gradients_and_their_gradients_are_those_of_the_definition(monkeypatch, sparse):
-    monkeypatch.setattr(masked_ops, "choose", lambda *args, **kwargs: sparse)
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_gradients_and_their_gradients_are_those_of_the_definition(mode):
     x, dy, weight, bias, mask = operands(3, 5, 6, 0.5, torch.float64)
     pattern = SparsePattern(mask).tensors
     for op, inputs, rest in (
@@ -256,8 +255,9 @@ def test_gradients_and_their_gradients_are_those_of_the_definition(monkeypatch, 
         (masked_ops.masked_grad_weight, (dy, x), (mask, pattern)),
     ):
         inputs = tuple(t.clone().requires_grad_() for t in inputs)
-        assert torch.autograd.gradcheck(lambda *t, op=op, rest=rest: op(*t, *rest), inputs)
-        assert torch.autograd.gradgradcheck(lambda *t, op=op, rest=rest: op(*t, *rest), inputs)
+        with choice.prefer(mode):
+            assert torch.autograd.gradcheck(lambda *t, op=op, rest=rest: op(*t, *rest), inputs)
+            assert torch.autograd.gradgradcheck(lambda *t, op=op, rest=rest: op(*t, *rest), inputs)
 
 
 def test_the_ops_pass_opcheck():
@@ -268,22 +268,6 @@ def test_the_ops_pass_opcheck():
     torch.library.opcheck(masked_ops.masked_linear, (x, weight, None, mask, [], False))
     torch.library.opcheck(masked_ops.masked_grad_input, (dy.requires_grad_(), weight, mask, pattern, True))
     torch.library.opcheck(masked_ops.masked_grad_weight, (dy, x, mask, pattern))
-
-
-def test_dense_runs_where_the_sparse_kernel_would_lose():
-    shape = torch.Size((1024, 1024))
-
-    def sparse(rows, survivors, dtype=torch.float32, device="cpu"):
-        pattern = [torch.empty(0), torch.empty(survivors, device="meta")]
-        return masked_ops.choose(rows, shape, dtype, device, pattern)
-
-    assert sparse(256, shape.numel() // 10)
-    assert not sparse(256, shape.numel())
-    assert not masked_ops.choose(256, shape, torch.float32, "cpu", [])
-    assert not masked_ops.choose(256, torch.Size((8, 8)), torch.float32, "cpu", [torch.empty(0)] * 2)
-    for rows in (1, 16, 64, 1024):  # once dense, dense at any higher density
-        chosen = [sparse(rows, int(shape.numel() * d)) for d in (0.01, 0.1, 0.2, 0.5, 0.7, 1.0)]
-        assert chosen == sorted(chosen, reverse=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -1,0 +1,134 @@
+"""Sparse or dense: the table, its interpolation, the file it is kept in, and the overrides."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from initperf import choice
+
+MIDDLE = 1 << 18
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A machine of its own: tables are read from an empty folder. Call it to write one."""
+    path = tmp_path / "break-even.json"
+    monkeypatch.setattr(choice, "table_path", lambda threads: path)
+    choice.forget()
+
+    def write(density):
+        rows = [[density(r, w) for w in choice.WEIGHTS] for r in choice.ROWS]
+        content = {f"{kind}/{size}": rows for kind in choice.KINDS for size in (4, 2)}
+        path.write_text(json.dumps({"table": content}))
+        choice.forget()
+
+    yield write
+    choice.forget()
+
+
+def pays(density, rows=64, kind="masked_linear", dtype=torch.float32, weights=MIDDLE):
+    side = round(weights**0.5)
+    return choice.sparse_pays(kind, rows, (side, side), round(density * side * side), dtype, "cpu")
+
+
+def test_the_choice_follows_the_measured_table_and_changes_at_its_break_even(table):
+    table(lambda rows, weights: 0.3)
+    assert pays(0.29)
+    assert not pays(0.31)
+    table(lambda rows, weights: 0.1)
+    assert not pays(0.29)
+    assert pays(0.09)
+
+
+def test_rows_weights_and_dtype_of_the_call_choose_the_entry(table):
+    table(lambda rows, weights: 0.5 if rows >= 64 and weights >= MIDDLE else 0.0)
+    assert pays(0.4)
+    assert not pays(0.4, rows=1)
+    assert not pays(0.4, weights=1 << 10)
+    assert pays(0.4, rows=100_000, weights=1 << 28), "beyond the table its last entry counts"
+
+
+@given(rows=st.integers(0, 10_000), weights=st.integers(1, 1 << 30))
+def test_between_the_entries_the_break_even_lies_between_theirs(rows, weights):
+    limit = choice.break_even("masked_linear", rows, weights, 4, 1)
+    found = [v for row in choice.tables(1)["masked_linear/4"] for v in row]
+    assert min(found) <= limit <= max(found)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"table": {}}', '{"table": 3}', '{"table": {"masked_linear/4": [[9]]}}']
+)
+def test_a_table_that_cannot_be_read_counts_as_none(table, tmp_path, content):
+    (tmp_path / "break-even.json").write_text(content)
+    assert choice.measured(1) is None
+    assert choice.tables(1) is choice.BUILT_IN
+
+
+def test_the_built_in_table_never_chooses_sparse_for_small_masked_layers_or_dense_ones():
+    for kind in choice.KINDS:
+        for size in (2, 4):
+            rows = choice.BUILT_IN[f"{kind}/{size}"]
+            assert all(limit <= 0.4 for row in rows for limit in row)
+            if kind.startswith("masked"):
+                assert all(row[0] == 0 for row in rows)
+
+
+def test_prefer_overrides_the_table_within_its_block_and_nests(table):
+    table(lambda rows, weights: 0.0)
+    with choice.prefer("sparse"):
+        assert pays(0.9)
+        with choice.prefer("dense"):
+            assert not pays(0.0001)
+        assert pays(0.9)
+    assert not pays(0.0001)
+    with pytest.raises(ValueError, match="Expected mode to be one of auto, sparse, dense"), choice.prefer("fast"):
+        pass
+
+
+@pytest.mark.parametrize(("value", "expected"), [("dense", "False"), ("sparse", "True")])
+def test_the_environment_overrides_too(value, expected):
+    code = "import torch; from initperf.choice import sparse_pays as p; print(p('masked_linear', 64, (512, 512), 9, torch.float32, 'cpu'))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "INITPERF_PRODUCTS": value}, capture_output=True, text=True
+    )
+    assert ran.stdout.strip() == expected, ran.stderr
+
+
+def test_calibration_measures_keeps_and_uses_a_table(table, tmp_path, monkeypatch):
+    pytest.importorskip("numba")
+    from initperf import calibrate
+
+    monkeypatch.setattr(choice, "ROWS", (4, 64))
+    monkeypatch.setattr(choice, "WEIGHTS", (1 << 8, 1 << 12))
+    for name in ("ROWS", "WEIGHTS"):
+        monkeypatch.setattr(calibrate, name, getattr(choice, name))
+    monkeypatch.setattr(calibrate, "DTYPES", {4: torch.float32, 2: torch.float32})
+    monkeypatch.setattr(calibrate, "SECONDS", 1e-4)
+    found = calibrate.calibrate()
+    kept = json.loads((tmp_path / "break-even.json").read_text())
+    assert kept["table"] == found
+    assert choice.measured(kept["threads"]) == found
+    assert all(0 <= v <= choice.MOST for rows in found.values() for row in rows for v in row)
+
+
+def test_break_even_is_where_a_line_through_two_measured_times_meets_the_dense_time(monkeypatch):
+    pytest.importorskip("numba")
+    from initperf import calibrate
+
+    class Layer:
+        def __init__(self, density):
+            self.density, self.mask, self.weight = density, torch.zeros(4, 4), torch.zeros(1)
+
+        def products(self, x):
+            return {kind: (lambda: self.density, lambda: None) for kind in choice.KINDS}
+
+    times = {0.1: 3.0, 0.3: 5.0}  # 2 + 10 density
+    monkeypatch.setattr(calibrate, "interleaved", lambda calls: [times[calls[0]()], times[calls[1]()], 6.0])
+    for _, density in calibrate._break_evens([Layer(0.1), Layer(0.3)], 4):
+        assert density == pytest.approx((6.0 * calibrate.MARGIN - 2) / 10)
