@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from initperf.kernels.cpu import sample_many
 from initperf.kernels.cpu.sample import sample_ as cpu_sample_
 from initperf.kernels.cpu.sample_many import sample_many_ as cpu_sample_many_
 from initperf.kernels.gpu.sample_many import sample_many_ as gpu_sample_many_
@@ -103,7 +104,11 @@ def test_packed_bits_give_the_survivors_of_the_dense_tensor(sample_many_, gpu_de
         assert_same_bits(out, alone(*row)[mask])
 
 
-def test_dense_masked_and_compressed_tensors_of_any_length_stand_in_one_list():
+@pytest.mark.parametrize("large", [False, True])
+def test_dense_masked_and_compressed_tensors_of_any_length_stand_in_one_list(large, monkeypatch):
+    """Large lists are written past the caches; here a list is large from its first byte."""
+    if large:
+        monkeypatch.setattr(sample_many, "_LARGE", 0)
     rows = [row for row in listed() for _ in range(3)]
     masks = [[None, half(n, i), pack_bits(half(n, i))][i % 3] for i, (_, _, n, _) in enumerate(rows)]
     lengths = [n if i % 3 < 2 else int(half(n, i).sum()) for i, (_, _, n, _) in enumerate(rows)]
@@ -278,11 +283,11 @@ BANNED = re.compile(
 
 
 def facts(target):
-    from initperf.kernels.gpu import sample_many
+    from initperf.kernels.gpu import sample_many as on_gpu
 
     from benchmarks.aot import capture
 
-    sample_many._WARP = 2 if target.startswith("gfx") else 1
+    on_gpu._WARP = 2 if target.startswith("gfx") else 1
     lists = [[torch.empty(n, device="meta", dtype=t) for t in FLOATS] for n in (4096, 5001)]
     with capture(target) as launches:
         for outs in lists:

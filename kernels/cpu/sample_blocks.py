@@ -38,6 +38,33 @@ def fill(address: Any, size: Any, first: Any, last: Any, bits: Any) -> None:
         double[:] = uint64(bits)
 
 
+@intrinsic
+def _stream_line(typingctx: Any, source: Any, target: Any) -> Any:
+    """64 bytes from one aligned address to another, past the caches."""
+
+    def codegen(ctx: Any, b: Any, sig: Any, args: Any) -> Any:
+        line = ir.VectorType(_I32, 16).as_pointer()
+        value = b.load(b.inttoptr(args[0], line), align=64)
+        store = b.store(value, b.inttoptr(args[1], line), align=64)
+        store.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(_I32, 1)]))
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@jit()
+def copy_past_caches(source: Any, target: Any, size: Any) -> None:
+    """Copy `size` bytes between addresses that 64 divides: large results must not read the lines that they replace."""
+    full_vectors()
+    whole = size // 64 * 64
+    for at in range(0, whole, 64):
+        _stream_line(source + at, target + at)
+    rest = carray(pointer(source + whole, np.uint8), size - whole)
+    out = carray(pointer(target + whole, np.uint8), size - whole)
+    for i in range(size - whole):
+        out[i] = rest[i]
+
+
 @jit()
 def _zeroed(values: Any, mask: Any) -> None:
     """0 where the mask is; both of one length."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..contract import NORMAL, TILE, UNIFORM
 from .jit import jit, threads
 from .sample import _CODES, _constants, _pieces, sample_
-from .sample_blocks import LANES, MEAN, SQUARES, N, bits_set, fill, measure, pick, prune, words_of
+from .sample_blocks import LANES, MEAN, SQUARES, N, bits_set, copy_past_caches, fill, measure, pick, prune, words_of
 
 _TILES = 8  # tiles of a block: 32 KiB of float32, within the first-level cache
 _SPAN = _TILES * TILE
@@ -29,6 +29,10 @@ _CONSTANT = -1  # a kind of this file: every value has the bits that stand in PA
 _COST = {_CONSTANT: 1, UNIFORM: 3, NORMAL: 5}
 _TRUNCATED_COST = 7
 _PARALLEL = 64 * _COST[NORMAL]
+
+_LARGE = (
+    32 << 20
+)  # bytes of a list that no cache will hold until it is used: values of 4 bytes and more go past the caches
 
 _COLUMNS = 11
 ADDRESS, CODE, COUNT, KIND, PARAMS, STREAM, MASK, BITS, COST, FIRST_BLOCK, FIRST_COST = range(_COLUMNS)
@@ -55,7 +59,9 @@ def _block_at(plan: Any, cost: Any) -> int:
 
 
 @jit()
-def _share(plan: Any, sizes: Any, k0: Any, k1: Any, begin: Any, end: Any, starts: Any, records: Any) -> None:
+def _share(
+    plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, begin: Any, end: Any, starts: Any, records: Any
+) -> None:
     """Blocks begin to end - 1 of the list."""
     scratch = np.empty(_SPAN + 8, np.uint64)
     scratch = scratch[(64 - scratch.ctypes.data % 64) % 64 // 8 :][:_SPAN]
@@ -70,34 +76,33 @@ def _share(plan: Any, sizes: Any, k0: Any, k1: Any, begin: Any, end: Any, starts
         stream, size = uint64(s[STREAM]), sizes[code]
         key = uint64(k0), uint64(k1), stream & uint64(0xFFFFFFFF), stream >> uint64(32)
         here = block - s[FIRST_BLOCK]
+        streamed = large and size >= 4 and s[BITS] == 0 and kind != _CONSTANT and address % 64 == 0
         blocks = 1
-        if s[MASK] == 0 and s[BITS] == 0 and len(records) == 0:
+        if not (streamed or s[MASK] or s[BITS] or len(records)):
             blocks = min(end, plan[t + 1, FIRST_BLOCK]) - block
         first, last = here * _SPAN, min((here + blocks) * _SPAN, n)
+        tiles = here * _TILES, (last + TILE - 1) // TILE
+        # Where element 0 would lie if the block were the scratch.
+        target = scratch.ctypes.data - first * size if streamed or s[BITS] else address
+        kept = last - first
+        words = words_of(s[BITS], first, last if s[BITS] else first)
         if s[BITS]:
-            words = words_of(s[BITS], first, last)
-            first, last = starts[block], starts[block] + bits_set(words)
-            if last == first:
-                pass
-            elif kind == _CONSTANT:
-                fill(address, size, first, last, params)
-            else:
-                start = here * _SPAN
-                _pieces(
-                    here * _TILES, (min(start + _SPAN, n) + TILE - 1) // TILE, scratch.ctypes.data - start * size, code,
-                    n, kind, params, key, int64(0), n, int64(0),
-                )  # fmt: skip
-                pick(scratch, address, size, first, last, words)
-        elif kind == _CONSTANT:
+            first, kept = starts[block], bits_set(words)
+            last = first + kept
+        if kind == _CONSTANT:
             fill(address, size, first, last, params)
-        else:
-            _pieces(
-                here * _TILES, (last + TILE - 1) // TILE, address, code, n, kind, params, key, int64(0), n, int64(0)
-            )
+        elif kept:
+            _pieces(tiles[0], tiles[1], target, code, n, kind, params, key, int64(0), n, int64(0))
+        if s[BITS]:
+            target = address
+            if kind != _CONSTANT:
+                pick(scratch, address, size, first, last, words)
         if s[MASK]:
-            prune(address, size, first, last, s[MASK])
+            prune(target, size, first, last, s[MASK])
         if len(records):
-            measure(address, code, size, first, last, s[MASK], sums, records[block])
+            measure(target, code, size, first, last, s[MASK], sums, records[block])
+        if streamed:
+            copy_past_caches(scratch.ctypes.data, address + first * size, (last - first) * size)
         block += blocks
 
 
@@ -144,21 +149,23 @@ def _counted(plan: Any, starts: Any) -> None:
 
 
 @jit()
-def _serial(plan: Any, sizes: Any, k0: Any, k1: Any, starts: Any, records: Any, result: Any) -> None:
+def _serial(plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, starts: Any, records: Any, result: Any) -> None:
     _counted(plan, starts)
-    _share(plan, sizes, k0, k1, int64(0), plan[-1, FIRST_BLOCK], starts, records)
+    _share(plan, sizes, k0, k1, large, int64(0), plan[-1, FIRST_BLOCK], starts, records)
     if len(records):
         _combined(plan, records, result)
 
 
 @jit(parallel=True)
-def _parallel(plan: Any, sizes: Any, k0: Any, k1: Any, chunks: Any, starts: Any, records: Any, result: Any) -> None:
+def _parallel(
+    plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, chunks: Any, starts: Any, records: Any, result: Any
+) -> None:
     _counted(plan, starts)
     total = plan[-1, FIRST_COST]
     for c in prange(chunks):
         begin = _block_at(plan, total * c // chunks)
         end = plan[-1, FIRST_BLOCK] if c + 1 == chunks else _block_at(plan, total * (c + 1) // chunks)
-        _share(plan, sizes, k0, k1, begin, end, starts, records)
+        _share(plan, sizes, k0, k1, large, begin, end, starts, records)
     if len(records):
         _combined(plan, records, result)
 
@@ -215,9 +222,10 @@ def sample_many_(
     records = np.empty((blocks if moments else 0, 3))
     starts = np.empty(blocks if plan[:, BITS].any() else 0, np.int64)
     words = seed & 0xFFFFFFFF, seed >> 32
+    large = sum(out.nbytes for out in outs) >= _LARGE
     count = threads() if plan[-1, FIRST_COST] >= _PARALLEL else 1
     if count > 1:
-        _parallel(plan, _SIZES, *words, 8 * count, starts, records, result.numpy())
+        _parallel(plan, _SIZES, *words, large, 8 * count, starts, records, result.numpy())
     else:
-        _serial(plan, _SIZES, *words, starts, records, result.numpy())
+        _serial(plan, _SIZES, *words, large, starts, records, result.numpy())
     return result if moments else None
