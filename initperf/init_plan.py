@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from initperf import rng, schemes
+from initperf import pretrained, rng, schemes
 from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
 from initperf.reference.sample_many import unpacked
 from initperf.sampling import check_bits, is_plain, is_sharded
@@ -44,6 +44,8 @@ class Task:
     mask: Tensor | None = None
     given: bool = False
     text: str = ""
+    pretrained: bool = False
+    fallback: Init | None = None
 
     @property
     def name(self) -> str:
@@ -83,6 +85,7 @@ def plan(model: nn.Module, scheme: Scheme, rules: Mapping[str, Scheme]) -> list[
         chosen = [rule for pattern, rule in rules.items() if fnmatchcase(task.name, pattern)]
         task.ruled = bool(chosen)
         _decide(task, chosen[-1] if chosen else scheme, by_itself.get(key), resets.get(key))
+    _check_pretrained(model, list(tasks.values()))
     return list(tasks.values())
 
 
@@ -117,6 +120,10 @@ def _own(model: nn.Module, tasks: Mapping[int, Task]) -> tuple[dict[int, Init], 
     inits: dict[int, Init] = {}
     resets: dict[int, tuple[str, nn.Module, str]] = {}
     named = {(t.place.path, t.place.leaf): key for key, t in tasks.items()}
+    for _, module, _ in pretrained.owned(model):
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in tasks:
+                tasks[id(parameter)].pretrained = True
     for path, module in reversed(list(model.named_modules())):
         reset = schemes.custom_reset(module)
         if reset is not None:
@@ -141,7 +148,7 @@ def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str
         fail(f"the scheme of {task.name} to be {_CHOICES}", repr(choice))
     if choice == "keep":
         check(not task.memory.is_meta, f"values to keep in {task.name}", "a parameter on the meta device")
-        task.keep, task.text = True, "kept"
+        task.keep, task.text, task.pretrained = True, "kept", False
         return
     check_float_tensor(place.parameter, task.name)
     with torch._C.DisableTorchFunction():  # torch.device as a context keeps no parameter from being plain
@@ -150,9 +157,12 @@ def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str
         if task.bits is not None and is_sharded(task.memory):
             fail(f"{task.name}, a compressed weight, to be whole, or scheme 'keep'", type(task.memory).__name__)
     if isinstance(choice, rng.Distribution):
-        task.distribution, task.text = choice, f"kind {choice.kind} {choice.params}"
+        task.distribution, task.text, task.pretrained = choice, f"kind {choice.kind} {choice.params}", False
         return
     if choice in (None, "torch"):
+        if task.pretrained:
+            task.fallback, task.text = by_itself, "_init_weights() of its transformers model"
+            return
         if reset is not None:
             task.reset, task.text = reset, f"{type(reset[1]).__name__}.{reset[2]}()"
             return
@@ -163,6 +173,10 @@ def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str
         task.init = schemes.named(choice, place, by_itself)
     else:
         task.init = schemes.constant(float(choice))
+    if task.init is None and task.pretrained:
+        task.text = "_init_weights() of its transformers model"
+        return
+    task.pretrained = False
     if task.init is None:
         fail(
             f"a rule for {task.name}, a parameter of shape {task.shape} of {type(place.module).__name__}, which "
@@ -182,6 +196,19 @@ def _attribute(module: nn.Module, name: str) -> Any:
         return module._buffers[name]
     known = name in module.__dict__ or name in module._parameters or hasattr(type(module), name)
     return getattr(module, name, None) if known else None
+
+
+def _check_pretrained(model: nn.Module, tasks: list[Task]) -> None:
+    """On the meta device every parameter must get values, which a run without memory shows. Elsewhere it may keep its own."""
+    missing = [t for t in tasks if t.pretrained and t.fallback is None and t.place.parameter.is_meta]
+    if missing:
+        written = pretrained.init_weights(model, 0)
+        for task in missing:
+            check(
+                id(task.place.parameter) in written,
+                f"a rule for {task.name}, of which `_init_weights` says nothing (rules={{{task.name!r}: ...}})",
+                "none",
+            )
 
 
 def attach_masks(tasks: list[Task], masks: Mapping[str, Tensor], rescale: str | None) -> None:

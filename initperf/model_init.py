@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +19,8 @@ from initperf.checks import (
 from initperf.filling import Figures, fill, local
 from initperf.init_plan import Scheme, Task, attach_masks, plan
 from initperf.materialize import check_buffers, materialize
+from initperf.pretrained import init_weights
+from initperf.redirect import fast_init_by_name
 from initperf.rescale import MODES, check_layers, measured, reached
 from initperf.schemes import Init
 from initperf.stats import moments
@@ -161,6 +162,8 @@ def _execute(
     for task in tasks:
         if task.given and task.place.leaf == "weight" and hasattr(task.place.module, "set_mask"):
             task.place.module.set_mask(task.mask)  # type: ignore[operator]
+    _init_pretrained(model, tasks, seed)
+    tasks = [t for t in tasks if not t.pretrained]
     resets = any(t.reset is not None for t in tasks)
     fill([t for t in tasks if not (resets and t.ruled)], seed, rescale, stats, exact, figures)
     if resets:
@@ -170,15 +173,31 @@ def _execute(
         _zero_padding(module, tasks, exact, figures)
 
 
+def _init_pretrained(model: nn.Module, tasks: list[Task], seed: int) -> None:
+    """transformers' `_init_weights` for what it alone knows; what it leaves gets its class's own, or stays."""
+    if not any(t.pretrained for t in tasks):
+        return
+    kept = [(t.memory, t.memory.clone()) for t in tasks if t.keep]
+    written = init_weights(model, seed)
+    for memory, values in kept:
+        memory.copy_(values)
+    for task in tasks:
+        if task.pretrained and id(task.memory) in written:
+            if task.mask is not None:
+                task.memory.masked_fill_(~task.mask.to(task.memory.device), 0)
+        elif task.pretrained and task.fallback is not None and task.memory.numel():
+            task.init, task.text, task.pretrained = task.fallback, str(task.fallback), False
+            task.distribution = task.init.distribution(task.memory.dtype)
+        elif task.pretrained:
+            task.text = "kept: _init_weights() says nothing of it"
+
+
 def _reset(tasks: list[Task], seed: int, exact: set[str], figures: Figures) -> None:
     """Run the reset functions of unknown classes, children first; what they set in other modules counts as theirs."""
-    from initperf.redirect import fast_init
-
     calls = {id(t.reset[1]): t.reset for t in tasks if t.reset is not None}
     for path, module, function in sorted(calls.values(), key=lambda call: -call[0].count(".") - bool(call[0])):
         before = {t.name: t.memory._version for t in tasks}
-        digest = hashlib.sha256(f"{seed}:{rng.canonical_name(path)}".encode()).digest()
-        with fast_init(seed=int.from_bytes(digest[:8], "little")):
+        with fast_init_by_name(seed, path):
             getattr(module, function)()
         for task in tasks:
             if task.memory._version != before[task.name]:

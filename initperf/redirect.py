@@ -7,6 +7,7 @@ that ask which thread calls them: other threads, and code that kept a replaced f
 from __future__ import annotations
 
 import functools
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext
 
-from initperf import dropins
+from initperf import dropins, rng
 from initperf.checks import InitPerfError, check_seed
 from initperf.sampling import is_plain
 
@@ -63,6 +64,21 @@ def fast_init(seed: int | None = None) -> Iterator[None]:
             _open_blocks -= 1
             if not _open_blocks:
                 _restore()
+
+
+@contextmanager
+def fast_init_by_name(seed: int, name: str) -> Iterator[None]:
+    """fast_init seeded by a seed and a module's name; torch's default CPU generator too, for what is not redirected, and put back after."""
+    digest = hashlib.sha256(f"{seed}:{rng.canonical_name(name)}".encode()).digest()
+    named = int.from_bytes(digest[:8], "little")
+    with torch._C.DisableTorchFunction():  # torch.device as a context must not move the generator's state
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(named)
+    try:
+        with fast_init(seed=named):
+            yield
+    finally:
+        torch.default_generator.set_state(state)
 
 
 def _on_default_device(tensor: Any) -> bool:
