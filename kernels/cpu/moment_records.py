@@ -61,24 +61,24 @@ def _found(sums, i, order, tolerance):
     """Write the record of lane i; 1 if it has to be done again, about its mean or scaled."""
     n, scale = sums[COUNT * LANES + i], sums[SCALE * LANES + i]
     low, high = sums[LOW * LANES + i], sums[HIGH * LANES + i]
-    share = 1 / n if n > 0 else 0.0
+    share = 1 / max(n, 1.0)
     e, v2 = sums[S1 * LANES + i] * share, sums[S2 * LANES + i] * share
     flat = not low < high
     m2 = 0.0 if flat else max(v2 - e * e, 0.0)
     spread = math.sqrt(m2)
-    at = FOUND * LANES + i
+    at, mean = FOUND * LANES + i, (sums[SHIFT * LANES + i] + e) / scale
     sums[at + N * LANES] = n
-    sums[at + MEAN * LANES] = low if flat else (sums[SHIFT * LANES + i] + e) / scale
+    sums[at + MEAN * LANES] = low if flat else mean
     sums[at + SPREAD * LANES] = spread / scale
     sums[at + MIN * LANES], sums[at + MAX * LANES] = low, high
     sums[at + NULLS * LANES] = sums[ZEROS * LANES + i]
     finite = (v2 < math.inf) & (abs(e) < math.inf)
     if order > 2:
         v3, v4 = sums[S3 * LANES + i] * share, sums[S4 * LANES + i] * share
-        some = m2 > 0
-        sums[at + SKEW * LANES] = (v3 - 3 * e * v2 + 2 * e * e * e) / (m2 * spread) if some else 0.0
-        about = v4 - 4 * e * v3 + 6 * e * e * v2 - 3 * e * e * e * e
-        sums[at + KURTOSIS * LANES] = about / (m2 * m2) if some else 0.0
+        skew = (v3 - 3 * e * v2 + 2 * e * e * e) / (m2 * spread)
+        kurtosis = (v4 - 4 * e * v3 + 6 * e * e * v2 - 3 * e * e * e * e) / (m2 * m2)
+        sums[at + SKEW * LANES] = skew if m2 > 0 else 0.0
+        sums[at + KURTOSIS * LANES] = kurtosis if m2 > 0 else 0.0
         finite &= v4 < math.inf
     # 1e-140: the fourth power of what is smaller would vanish
     good = finite & (flat | ((abs(e) <= tolerance * spread) & (v2 > 1e-140)))
@@ -92,15 +92,15 @@ def find_one(sums, order, tolerance):
 
 
 @jit(error_model="numpy")
-def find_all(sums, order, tolerance):
-    """Write the records of all lanes; whether all are good."""
+def find_all(sums, lanes, order, tolerance):
+    """Write the records of the first lanes; whether all are good. LLVM makes vectors of a loop only if its count is not constant."""
     full_vectors()
     bad = int64(0)
     if order > 2:
-        for i in range(LANES):
+        for i in range(lanes):
             bad += _found(sums, i, int64(4), tolerance)
     else:
-        for i in range(LANES):
+        for i in range(lanes):
             bad += _found(sums, i, int64(2), tolerance)
     return bad == 0
 

@@ -55,6 +55,32 @@ def pointer(typingctx: Any, address: Any, dtype: Any) -> Any:
     return kind(types.uintp, dtype), codegen
 
 
+@intrinsic
+def copy_bytes(typingctx: Any, to: Any, source: Any, size: Any) -> Any:
+    """memcpy between two addresses."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        to, source = (builder.inttoptr(a, byte) for a in args[:2])
+        cgutils.raw_memcpy(builder, to, source, args[2], 1)
+        return ctx.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp, types.uintp), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, which need not exist, for the second-level cache."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        there = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        hints = [ir.Constant(ir.IntType(32), hint) for hint in (0, 2, 1)]  # read, keep, data
+        _llvm_call(builder, "llvm.prefetch.p0", ir.VoidType(), [there, *hints])
+        return ctx.get_dummy_value()
+
+    return types.void(types.uintp), codegen
+
+
 def horner(coefficients: Sequence[float]) -> Any:
     """A function of a float32: the polynomial with these coefficients, lowest power first, by Horner's rule in fma."""
 
