@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from initperf import pretrained, rng, schemes
+from initperf import parametrized, pretrained, rng, schemes
 from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
 from initperf.reference.sample_many import unpacked
 from initperf.sampling import check_bits, is_plain, is_sharded
@@ -67,14 +67,18 @@ def plan(model: nn.Module, scheme: Scheme, rules: Mapping[str, Scheme]) -> list[
     names: dict[str, str] = {}
     modules = dict(model.named_modules())
     residual = schemes.residual_projections(model)
+    directions = {split.v: split for split in parametrized.splits(model)}
+    lengths = {split.g: split for split in directions.values()}
     for full, parameter in model.named_parameters():
         name = rng.canonical_name(full)
+        if full in directions:
+            name = rng.canonical_name(_join(directions[full].path, directions[full].leaf))
         check(bool(name), "parameters with a name", repr(full))
         check(name not in names, "parameters of different names without wrappers' parts", f"{names.get(name)}, {full}")
         names[name] = full
         if isinstance(parameter, UninitializedParameter):
             fail(f"{full} to have a shape: run a forward pass of the lazy module first", "an uninitialized parameter")
-        path, leaf = _owner(full)
+        path, leaf = directions[full][2:] if full in directions else _owner(full)
         task = Task(Place(name, parameter, modules[path], path, leaf, residual), tuple(parameter.shape), parameter)
         tasks[id(parameter)] = task if not full.endswith("weight_values") else _compressed(task)
     for pattern in rules:
@@ -82,6 +86,9 @@ def plan(model: nn.Module, scheme: Scheme, rules: Mapping[str, Scheme]) -> list[
 
     by_itself, resets = _own(model, tasks)
     for key, task in tasks.items():
+        if names[task.name] in lengths:
+            task.keep, task.text = True, f"length of {lengths[names[task.name]].leaf}"
+            continue
         chosen = [rule for pattern, rule in rules.items() if fnmatchcase(task.name, pattern)]
         task.ruled = bool(chosen)
         _decide(task, chosen[-1] if chosen else scheme, by_itself.get(key), resets.get(key))
@@ -109,6 +116,10 @@ def _compressed(task: Task) -> Task:
         check_bits(bits, task.shape, task.memory.numel(), f"weight_mask_bits of {task.name}")
     task.place = task.place._replace(parameter=torch.empty(task.shape, dtype=task.memory.dtype, device="meta"))
     return task
+
+
+def _join(path: str, leaf: str) -> str:
+    return f"{path}.{leaf}" if path else leaf
 
 
 def _some(names: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from initperf import rng
+from initperf import parametrized, rng
 from initperf.checks import (
     InitPerfTypeError,
     check,
@@ -169,6 +169,8 @@ def _execute(
     if resets:
         _reset(tasks, seed, exact, figures)
         fill([t for t in tasks if t.ruled], seed, rescale, stats, exact, figures)
+    changed = parametrized.finish(model, {id(t.memory) for t in tasks if not t.keep}, seed)
+    exact.difference_update(t.name for t in tasks if id(t.memory) in changed)
     for module in model.modules():
         _zero_padding(module, tasks, exact, figures)
 
