@@ -114,7 +114,7 @@ def words_of(bits: Any, first: Any, last: Any) -> Any:
 
 
 @jit(inline="always")
-def bits_set(words: Any) -> int:
+def bits_set(words: Any) -> Any:
     count = uint64(0)
     for word in words:
         count += population(word)
