@@ -109,7 +109,7 @@ def find_all(sums, lanes, order, tolerance):
 def store(sums, lanes, records, index):
     for row in range(RECORD):
         for i in range(lanes):
-            records[row, index + i] = sums[(FOUND + row) * LANES + i]
+            records[index + i, row] = sums[(FOUND + row) * LANES + i]
 
 
 @jit(error_model="numpy")
@@ -135,35 +135,35 @@ def recenter(sums, lanes, may_scale):
 def _combined(records, first, step, chunks, order):
     """count, zeros, low, high, mean, spread, skew, kurtosis of `chunks` records."""
     if chunks == 1:
-        n, mean, spread, skew, kurtosis, low, high, zeros = records[:, first]
+        n, mean, spread, skew, kurtosis, low, high, zeros = records[first]
         return n, zeros, low, high, mean, spread, skew, kurtosis
     n, zeros, low, high, top = 0.0, 0.0, math.inf, -math.inf, 0.0
     for j in range(first, first + chunks * step, step):
-        n += records[N, j]
-        zeros += records[NULLS, j]
-        low, high = min(low, records[MIN, j]), max(high, records[MAX, j])
-        if records[N, j] > 0:
-            top = max(top, abs(records[MEAN, j]), records[SPREAD, j])
+        n += records[j, N]
+        zeros += records[j, NULLS]
+        low, high = min(low, records[j, MIN]), max(high, records[j, MAX])
+        if records[j, N] > 0:
+            top = max(top, abs(records[j, MEAN]), records[j, SPREAD])
     if n == 0:
         return n, zeros, low, high, 0.0, 0.0, 0.0, 0.0
     p = _power(top)
     mean, origin = 0.0, math.nan
     for j in range(first, first + chunks * step, step):
-        if records[N, j] > 0:
-            here = records[MEAN, j] * p
+        if records[j, N] > 0:
+            here = records[j, MEAN] * p
             origin = here if origin != origin else origin
-            mean += records[N, j] / n * (here - origin)
+            mean += records[j, N] / n * (here - origin)
     mean += origin
     m2, m3, m4 = 0.0, 0.0, 0.0
     for j in range(first, first + chunks * step, step):
-        if records[N, j] > 0:
-            w, d, s = records[N, j] / n, records[MEAN, j] * p - mean, records[SPREAD, j] * p
+        if records[j, N] > 0:
+            w, d, s = records[j, N] / n, records[j, MEAN] * p - mean, records[j, SPREAD] * p
             s2, d2 = s * s, d * d
             m2 += w * (s2 + d2)
             if order > 2:
-                s3 = records[SKEW, j] * s2 * s
+                s3 = records[j, SKEW] * s2 * s
                 m3 += w * (s3 + 3 * d * s2 + d2 * d)
-                m4 += w * (records[KURTOSIS, j] * s2 * s2 + 4 * d * s3 + 6 * d2 * s2 + d2 * d2)
+                m4 += w * (records[j, KURTOSIS] * s2 * s2 + 4 * d * s3 + 6 * d2 * s2 + d2 * d2)
     spread = math.sqrt(m2)
     skew, kurtosis = (m3 / (m2 * spread), m4 / (m2 * m2)) if low < high and m2 > 0 else (0.0, 0.0)
     return n, zeros, low, high, mean / p, spread / p, skew, kurtosis

@@ -296,7 +296,7 @@ def _share(data):
     job = carray(pointer(data, np.int64), (JOB,))
     me, team = number(uintp(job[ME])), number(uintp(job[TEAM]))
     plan = carray(pointer(uintp(job[PLAN]), np.int64), (job[TENSORS] + 1, SEGMENT))
-    records = carray(pointer(uintp(job[RECORDS]), np.float64), (RECORD, plan[-1, FIRST_RECORD]))
+    records = carray(pointer(uintp(job[RECORDS]), np.float64), (plan[-1, FIRST_RECORD], RECORD))
     correction = carray(pointer(uintp(job[CORRECTION]), np.float64), (1,))[0]
     channels, workers = plan[-1, FIRST_CHANNEL], job[WORKERS]
     table = _table(job[TABLE], channels)
@@ -312,7 +312,7 @@ def _share(data):
 def _moments(tensors, read, order, correction, workers, team, share, channels, table_at):
     """All of it; False, with nothing done, if it should be shared and there is no team."""
     plan = _plan(tensors)
-    records = np.empty((RECORD, plan[-1, FIRST_RECORD]))
+    records = np.empty((plan[-1, FIRST_RECORD], RECORD))
     table = _table(table_at, channels)
     if workers > 1 and plan[-1, FIRST_COST] > SERIAL_COST:
         if team[0] == 0:
@@ -347,7 +347,7 @@ def _moments_of_one(address, kind, size, a, c, i, step_a, step_c, *rest):
 def _parallel(tensors, read, order, correction, workers, channels, table_at):
     """The same on Numba's threads."""
     plan = _plan(tensors)
-    records = np.empty((RECORD, plan[-1, FIRST_RECORD]))
+    records = np.empty((plan[-1, FIRST_RECORD], RECORD))
     table = _table(table_at, channels)
     for worker in prange(workers):
         _read_share(plan, read, order, int64(worker), int64(workers), records)
