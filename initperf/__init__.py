@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from initperf import init, prune
     from initperf.checks import InitPerfError
-    from initperf.convert import check_masks, densify, mask_optimizer_, sparsify
+    from initperf.convert import check_masks, densify, sparsify
     from initperf.explain import describe, describe_file
     from initperf.masked import MaskedLinear
     from initperf.model_init import initialize
     from initperf.monitor import VarianceMonitor
+    from initperf.optimizer_masks import mask_optimizer_
     from initperf.redirect import fast_init
     from initperf.search import TicketSearch
+    from initperf.sparse import SparseLinear
     from initperf.stats import moments
     from initperf.ticket import Ticket
 
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "InitPerfError",
     "MaskedLinear",
+    "SparseLinear",
     "Ticket",
     "TicketSearch",
     "VarianceMonitor",
@@ -41,6 +44,7 @@ __all__ = [
 _HOMES = {
     "InitPerfError": "checks",
     "MaskedLinear": "masked",
+    "SparseLinear": "sparse",
     "Ticket": "ticket",
     "TicketSearch": "search",
     "VarianceMonitor": "monitor",
@@ -50,7 +54,7 @@ _HOMES = {
     "describe_file": "explain",
     "fast_init": "redirect",
     "initialize": "model_init",
-    "mask_optimizer_": "convert",
+    "mask_optimizer_": "optimizer_masks",
     "moments": "stats",
     "sparsify": "convert",
 }

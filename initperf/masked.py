@@ -54,6 +54,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         weight = self.weight
         check_input(input, self.in_features, weight.dtype)
         shape = input.shape
+        if pattern.density == 1.0:  # nothing to mask, in the gradient either
+            return nn.functional.linear(input, weight, self.bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
         # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
         premasked = isinstance(weight, nn.Parameter)

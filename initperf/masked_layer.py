@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
-from initperf.pattern import SparsePattern
+from initperf.pattern import Pattern, SparsePattern, unpack_bits
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,7 +35,7 @@ class MaskedLayer(nn.Module):
 
     weight: Tensor
     weight_mask: Tensor
-    _pattern: SparsePattern
+    _pattern: Pattern
 
     @classmethod
     def on(cls, dense: nn.Module, mask: Tensor | None = None) -> Self:
@@ -120,11 +120,11 @@ class MaskedLayer(nn.Module):
         """Surviving fraction."""
         return self._fresh_pattern().density
 
-    def _new_pattern(self) -> SparsePattern:
+    def _new_pattern(self) -> Pattern:
         """What the mask means to the kernels of this layer."""
         return SparsePattern(self.weight_mask)
 
-    def _fresh_pattern(self) -> SparsePattern:
+    def _fresh_pattern(self) -> Pattern:
         if not self._pattern.is_of(self.weight_mask):
             self._obey()
         return self._pattern
@@ -178,6 +178,7 @@ class MaskedLayer(nn.Module):
         original, mask = prefix + "weight_orig", prefix + "weight_mask"
         if original in state_dict and prefix + "weight" not in state_dict:  # torch.nn.utils.prune
             state_dict[prefix + "weight"] = state_dict.pop(original)
+        dense_entries(state_dict, prefix, self.weight.shape)
         problems = list(self._problems(state_dict, prefix))
         if problems:
             error_msgs.extend(problems)
@@ -215,6 +216,19 @@ def new_module(kind: type[M], source: nn.Module, attributes: tuple[str, ...]) ->
     for name in attributes:
         setattr(module, name, getattr(source, name))
     return module
+
+
+def dense_entries(state_dict: dict[str, Any], prefix: str, shape: torch.Size) -> None:
+    """Turn the entries of a compressed layer into `weight` and `weight_mask`, where their sizes fit each other."""
+    values, bits = state_dict.get(prefix + "weight_values"), state_dict.get(prefix + "weight_mask_bits")
+    if values is None or bits is None or bits.numel() != -(-shape.numel() // 8):
+        return
+    mask = unpack_bits(bits, shape)
+    if int(mask.count_nonzero()) != values.numel():
+        return
+    del state_dict[prefix + "weight_values"], state_dict[prefix + "weight_mask_bits"]
+    state_dict[prefix + "weight"] = values.new_zeros(shape).masked_scatter_(mask, values)
+    state_dict[prefix + "weight_mask"] = mask
 
 
 def check_own_weight(layer: object, dense: type[nn.Module], name: str) -> None:

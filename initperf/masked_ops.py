@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from initperf import ops
+from initperf import direct, ops
 from initperf.choice import sparse_pays
 from initperf.reference import masked_matmul as reference
 
@@ -47,43 +47,17 @@ def _dense(name: str, device: str) -> Callable[..., Tensor] | None:
     return getattr(reference, name)
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether only autograd can be listening to an op on `x`: no mode, no transform, no tracing, no autocast, no subclass."""
-    return (
-        type(x) is Tensor
-        and x.device.type in _DENSE
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.is_autocast_enabled(x.device.type)
-    )
-
-
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool
 ) -> Tensor:
     """The op masked_linear, without the 8 us of a dispatch to Python where nothing could tell the difference."""
-    if not _plain(x):
+    if not direct.plain(x):
         return masked_linear(x, weight, bias, mask, pattern, premasked)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _Linear.apply(x, weight, bias, mask, premasked, *pattern)
     return _masked_linear(x, weight, bias, mask, pattern, premasked)
-
-
-def _below(op: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
-    """An op as the forward of an autograd.Function calls it."""
-    if _plain(args[0]):
-        return run(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
-def _backward(op: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
-    """An op as a backward calls it: with gradients of its own only under create_graph."""
-    return run(*args) if not torch.is_grad_enabled() and _plain(args[0]) else op(*args)
 
 
 def _masked_linear(
@@ -125,15 +99,15 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, mask, premasked, *pattern):
         ctx.save_for_backward(x, weight, mask, *pattern)
         ctx.premasked = premasked
-        return _below(masked_linear, _masked_linear, x, weight, bias, mask, pattern, premasked)
+        return direct.below(masked_linear, _masked_linear, x, weight, bias, mask, pattern, premasked)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mask, *pattern = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         products = (masked_grad_input, _masked_grad_input), (masked_grad_weight, _masked_grad_weight)
-        dx = _backward(*products[0], dy, weight, mask, pattern, ctx.premasked) if needs_x else None
-        dw = _backward(*products[1], dy, x, mask, pattern) if needs_weight else None
+        dx = direct.backward(*products[0], dy, weight, mask, pattern, ctx.premasked) if needs_x else None
+        dw = direct.backward(*products[1], dy, x, mask, pattern) if needs_weight else None
         return dx, dw, dy.sum(0) if needs_bias else None, *(None,) * (2 + len(pattern))
 
 
@@ -142,7 +116,7 @@ class _GradInput(torch.autograd.Function):
     def forward(ctx, dy, weight, mask, premasked, *pattern):
         ctx.save_for_backward(dy, weight, mask, *pattern)
         ctx.premasked = premasked
-        return _below(masked_grad_input, _masked_grad_input, dy, weight, mask, pattern, premasked)
+        return direct.below(masked_grad_input, _masked_grad_input, dy, weight, mask, pattern, premasked)
 
     @staticmethod
     def backward(ctx, g):
@@ -157,7 +131,7 @@ class _GradWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, x, mask, *pattern):
         ctx.save_for_backward(dy, x, mask, *pattern)
-        return _below(masked_grad_weight, _masked_grad_weight, dy, x, mask, pattern)
+        return direct.below(masked_grad_weight, _masked_grad_weight, dy, x, mask, pattern)
 
     @staticmethod
     def backward(ctx, g):

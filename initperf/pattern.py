@@ -1,43 +1,99 @@
-"""SparsePattern: what a mask means to a kernel, built once per mask: indices on the CPU, bits and live tiles on a GPU."""
+"""What a mask means to a kernel, built once per mask: indices on the CPU, bits and live tiles on a GPU."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from initperf import ops
+from initperf import ops, sampling
+from initperf.reference.sample_many import unpacked
 
 ops.register("pattern_tensors", "pattern")
+ops.register("sparse_tensors", "sparse_linear")
 
 DENSE_FROM = 0.7  # density from which no CPU kernel beats the dense product, so no index is built
 
 
-class SparsePattern:
-    """Built from a bool mask (N, K); of more dimensions, (N, ...), it is read as (N, the product of the others).
+class Pattern:
+    """tensors: the op argument `pattern`, empty where only dense products run; nnz: survivors; density: nnz / weights."""
 
-    tensors: the op argument `pattern`, empty where only dense products run; nnz: survivors; density: nnz / weights.
-    """
+    tensors: list[Tensor]
+    nnz: int
+    density: float
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask, self._version = mask, _version(mask)
+    def __init__(self, source: Tensor, content: Tensor) -> None:
+        self._source, self._version, self._content = source, _version(source), content
+
+    def _index(self, op: str, mask: Tensor) -> None:
         self.nnz = 0 if mask.is_meta else int(torch.count_nonzero(mask))
         self.density = self.nnz / mask.numel() if mask.numel() else 1.0
-        self.tensors: list[Tensor] = []
         device = mask.device.type
-        if self.nnz and (device != "cpu" or self.density < DENSE_FROM):
-            self.tensors = self._index(mask)
+        indexed = self.nnz and (device != "cpu" or self.density < DENSE_FROM)
+        self.tensors = ops.implementation(op, device)(mask) if indexed else []
 
-    def _index(self, mask: Tensor) -> list[Tensor]:
-        return ops.implementation("pattern_tensors", mask.device.type)(mask.flatten(1))
+    def is_of(self, source: Tensor) -> bool:
+        """Whether `source` is the tensor this was built from, and still holds the same.
 
-    def is_of(self, mask: Tensor) -> bool:
-        """Whether `mask` is the tensor this was built from, unedited as far as its version tells (inference tensors have none)."""
-        return mask is self.mask and _version(mask) == self._version
+        Its version tells (inference tensors have none); one that was written, as DistributedDataParallel does before every
+        forward, is compared.
+        """
+        if source is not self._source:
+            return False
+        version = _version(source)
+        if version != self._version and not source.is_meta and torch.equal(self._packed(source), self._content):
+            self._version = version
+        return version == self._version
+
+    def _packed(self, source: Tensor) -> Tensor:
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
-        """Memory of the indices."""
-        return sum(t.nbytes for t in self.tensors)
+        """Memory of the indices, and of the copy of the mask that is_of compares."""
+        return sum(t.nbytes for t in (*self.tensors, self._content))
+
+
+class SparsePattern(Pattern):
+    """Built from a bool mask (N, K); of more dimensions, (N, ...), it is read as (N, the product of the others)."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__(mask, pack_bits(mask))
+        self.mask = mask
+        self._index("pattern_tensors", mask.flatten(1))
+
+    def _packed(self, source: Tensor) -> Tensor:
+        return pack_bits(source)
+
+
+class CompressedPattern(Pattern):
+    """Built from the packed bits of a mask of `shape`, read as (N, K) likewise; for layers with compressed weights."""
+
+    def __init__(self, bits: Tensor, shape: Sequence[int]) -> None:
+        super().__init__(bits, bits.clone())
+        self._index("sparse_tensors", unpack_bits(bits, shape).flatten(1))
+
+    def _packed(self, source: Tensor) -> Tensor:
+        return source
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool mask as uint8, row-major, 8 entries a byte, the lowest bit first."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.detach().numpy(), bitorder="little"))
+    return sampling.pack_bits(mask)
+
+
+def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool mask of `shape`."""
+    size = math.prod(shape)
+    if bits.device.type == "cpu":
+        flat = np.unpackbits(bits.detach().numpy(), count=size, bitorder="little")
+        return torch.from_numpy(flat).view(torch.bool).view(*shape)
+    return unpacked(bits)[:size].view(*shape)
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,0 +1,86 @@
+"""SparseLinear: a linear layer whose pruned weights take neither memory nor time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from initperf import sparse_ops
+from initperf.checks import FLOATS, check_mask, fail
+from initperf.masked import MaskedLinear, check_input
+from initperf.sparse_layer import SparseLayer
+
+
+class SparseLinear(SparseLayer):
+    """y = x W^T + b, of which only the survivors are stored: `weight_values` (nnz, 1), with gradient and optimizer state of that shape.
+
+    x: (..., in_features), float32, bfloat16, float16 or float64. mask: bool (out_features, in_features), True = survives;
+    None: all. Checkpoints of nn.Linear, MaskedLinear and torch.nn.utils.prune load too. Elementwise optimizers (SGD, Adam and
+    kin) only; see SparseLayer for changes of the mask.
+    """
+
+    DENSE = nn.Linear
+    MASKED = MaskedLinear
+    ATTRIBUTES = ("in_features", "out_features")
+
+    in_features: int
+    out_features: int
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        if mask is not None:
+            check_mask(mask, (out_features, in_features))
+        if dtype is not None and dtype not in FLOATS:
+            fail("dtype float32, bfloat16, float16 or float64", dtype)
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        nnz = in_features * out_features if mask is None else int(mask.count_nonzero())
+        self.weight_values = nn.Parameter(torch.empty(nnz, 1, device=device, dtype=dtype))
+        own = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", own)
+        self._adopt(mask)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> SparseLinear:
+        """A compressed copy of `linear`, which stays as it is. sparsify(..., sparse=True) keeps the Parameter objects instead."""
+        return cls._from_dense_layer(linear, mask)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """(out_features, in_features)."""
+        return torch.Size((self.out_features, self.in_features))
+
+    def to_dense(self) -> nn.Linear:
+        """An nn.Linear with copies of the survivors, zeros elsewhere, and the bias."""
+        return cast(nn.Linear, super().to_dense())
+
+    def forward(self, input: Tensor) -> Tensor:
+        pattern = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
+        values = self.weight_values
+        check_input(input, self.in_features, values.dtype)
+        shape = input.shape
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            # torch.func's transforms (vmap, jvp, grad) know torch's own product
+            places = self.weight_mask.flatten().nonzero().squeeze(1)
+            size = self.out_features * self.in_features
+            weight = torch.zeros(size, dtype=values.dtype, device=values.device).scatter(0, places, values.flatten())
+            return nn.functional.linear(input, weight.view(self.out_features, self.in_features), self.bias)
+        flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
+        y = sparse_ops.linear(flat, values, self.bias, self.weight_mask_bits, self.out_features, pattern.tensors)
+        return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {super().extra_repr()}"

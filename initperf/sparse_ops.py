@@ -1,0 +1,165 @@
+"""The three products of a compressed weight as torch ops, closed under backward: each one's gradients are the other two.
+
+    initperf::sparse_linear        y       = x W^T + b
+    initperf::sparse_grad_input    dx      = dy W
+    initperf::sparse_grad_values   dvalues = dy^T x at the survivors
+
+Shapes and arguments: initperf/reference/sparse_linear.py. As in initperf/masked_ops.py, autograd is written by hand.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from initperf import direct, ops
+from initperf.choice import sparse_pays
+
+_DENSE = {"cpu": "mkl", "cuda": "cublas"}
+
+
+def linear(x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int, pattern: list[Tensor]) -> Tensor:
+    """The op sparse_linear, without the dispatcher where nothing could tell the difference."""
+    if not direct.plain(x):
+        return sparse_linear(x, values, bias, bits, rows, pattern)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Linear.apply(x, values, bias, bits, rows, *pattern)
+    return _sparse_linear(x, values, bias, bits, rows, pattern)
+
+
+@cache
+def _kernels(device: str) -> ModuleType | None:
+    """The module with expand and compress of a device; None where the reference runs anyway, and is counted as that."""
+    backend = ops.backend_of("sparse_linear", device)
+    if backend == "numba":
+        from initperf.kernels.cpu import sparse_linear as cpu
+
+        return cpu
+    if backend == "triton":
+        from initperf.kernels.gpu import sparse_linear as gpu
+
+        return gpu
+    return None
+
+
+def _dense(
+    name: str, rows: int, shape: tuple[int, int], nnz: int, like: Tensor, pattern: list[Tensor]
+) -> ModuleType | None:
+    """What unpacks the weight for the dense product, where that runs; it is counted."""
+    device = like.device.type
+    kernels = _kernels(device)
+    if kernels is None or (pattern and sparse_pays(name, rows, shape, nnz, like.dtype, device)):
+        return None
+    ops.CALLS[name, _DENSE[device]] += 1
+    return kernels
+
+
+def _sparse_linear(
+    x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int, pattern: list[Tensor]
+) -> Tensor:
+    values = values.contiguous()
+    columns = x.shape[1]
+    dense = _dense("sparse_linear", x.shape[0], (rows, columns), values.shape[0], x, pattern)
+    if dense is not None:
+        return torch.nn.functional.linear(x, dense.expand(values, bits, rows, columns), bias)
+    return ops.implementation("sparse_linear", x.device.type)(x, values, bias, bits, rows, pattern)
+
+
+def _sparse_grad_input(dy: Tensor, values: Tensor, bits: Tensor, columns: int, pattern: list[Tensor]) -> Tensor:
+    values = values.contiguous()
+    rows = dy.shape[1]
+    dense = _dense("sparse_grad_input", dy.shape[0], (rows, columns), values.shape[0], dy, pattern)
+    if dense is not None:
+        return torch.mm(dy, dense.expand(values, bits, rows, columns))
+    return ops.implementation("sparse_grad_input", dy.device.type)(dy, values, bits, columns, pattern)
+
+
+def _sparse_grad_values(dy: Tensor, x: Tensor, bits: Tensor, nnz: int, pattern: list[Tensor]) -> Tensor:
+    dense = _dense("sparse_grad_values", dy.shape[0], (dy.shape[1], x.shape[1]), nnz, x, pattern)
+    if dense is not None:
+        return dense.compress(torch.mm(dy.t(), x), bits, nnz)
+    return ops.implementation("sparse_grad_values", x.device.type)(dy, x, bits, pattern)
+
+
+sparse_linear = ops.define(
+    "sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor bits, int rows, Tensor[] pattern) -> Tensor",
+    module="sparse_linear",
+    run=_sparse_linear,
+    fake=lambda x, values, bias, bits, rows, pattern: x.new_empty(x.shape[0], rows),
+)
+sparse_grad_input = ops.define(
+    "sparse_grad_input(Tensor dy, Tensor values, Tensor bits, int columns, Tensor[] pattern) -> Tensor",
+    module="sparse_linear",
+    run=_sparse_grad_input,
+    fake=lambda dy, values, bits, columns, pattern: dy.new_empty(dy.shape[0], columns),
+)
+sparse_grad_values = ops.define(
+    "sparse_grad_values(Tensor dy, Tensor x, Tensor bits, int nnz, Tensor[] pattern) -> Tensor",
+    module="sparse_linear",
+    run=_sparse_grad_values,
+    fake=lambda dy, x, bits, nnz, pattern: x.new_empty(nnz, 1),
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, values, bias, bits, rows, *pattern):
+        ctx.save_for_backward(x, values, bits, *pattern)
+        return direct.below(sparse_linear, _sparse_linear, x, values, bias, bits, rows, pattern)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, values, bits, *pattern = ctx.saved_tensors
+        needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        products = (sparse_grad_input, _sparse_grad_input), (sparse_grad_values, _sparse_grad_values)
+        dx = direct.backward(*products[0], dy, values, bits, x.shape[1], pattern) if needs_x else None
+        dv = direct.backward(*products[1], dy, x, bits, values.shape[0], pattern) if needs_values else None
+        return dx, dv, dy.sum(0) if needs_bias else None, *(None,) * (2 + len(pattern))
+
+
+class _GradInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dy, values, bits, columns, *pattern):
+        ctx.save_for_backward(dy, values, bits, *pattern)
+        return direct.below(sparse_grad_input, _sparse_grad_input, dy, values, bits, columns, pattern)
+
+    @staticmethod
+    def backward(ctx, g):
+        dy, values, bits, *pattern = ctx.saved_tensors
+        needs_dy, needs_values = ctx.needs_input_grad[:2]
+        ddy = sparse_linear(g, values, None, bits, dy.shape[1], pattern) if needs_dy else None
+        dv = sparse_grad_values(dy, g, bits, values.shape[0], pattern) if needs_values else None
+        return ddy, dv, *(None,) * (2 + len(pattern))
+
+
+class _GradValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dy, x, bits, nnz, *pattern):
+        ctx.save_for_backward(dy, x, bits, *pattern)
+        return direct.below(sparse_grad_values, _sparse_grad_values, dy, x, bits, nnz, pattern)
+
+    @staticmethod
+    def backward(ctx, g):
+        dy, x, bits, *pattern = ctx.saved_tensors
+        needs_dy, needs_x = ctx.needs_input_grad[:2]
+        ddy = sparse_linear(x, g, None, bits, dy.shape[1], pattern) if needs_dy else None
+        dx = sparse_grad_input(dy, g, bits, x.shape[1], pattern) if needs_x else None
+        return ddy, dx, *(None,) * (2 + len(pattern))
+
+
+ops.differentiate(
+    "sparse_linear",
+    lambda x, values, bias, bits, rows, pattern: _Linear.apply(x, values, bias, bits, rows, *pattern),
+)
+ops.differentiate(
+    "sparse_grad_input",
+    lambda dy, values, bits, columns, pattern: _GradInput.apply(dy, values, bits, columns, *pattern),
+)
+ops.differentiate("sparse_grad_values", lambda dy, x, bits, nnz, pattern: _GradValues.apply(dy, x, bits, nnz, *pattern))
+for _op in (sparse_linear, sparse_grad_input, sparse_grad_values):
+    ops.autocast(_op)
