@@ -64,7 +64,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return cast(nn.Conv2d, self.to_dense())
 
     def _new_pattern(self) -> ConvPattern:
-        return ConvPattern(self.weight_mask, self.groups)
+        return ConvPattern(self.weight_mask, self.weight_mask, self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
         pattern = cast(ConvPattern, self._pattern if torch.compiler.is_compiling() else self._fresh_pattern())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from initperf import choice, direct, ops
-from initperf.pattern import SparsePattern
+from initperf.pattern import DENSE_FROM, Pattern, pack_bits
 from initperf.reference import conv as reference
 from initperf.reference.conv import Ints
 
@@ -30,21 +30,25 @@ _LANES = 16  # images that the sparse kernel computes at once
 BREAK_EVEN = {"masked_conv2d": 0.28, "masked_conv2d_grad_input": 0.28, "masked_conv2d_grad_weight": 0.25}
 
 
-class ConvPattern(SparsePattern):
+class ConvPattern(Pattern):
     """What a mask (N, C / groups, height, width) means to the kernels of convolutions.
 
-    survivors: what the ops take: the mask, or where only values are stored (`compressed`) the survivors' flat positions.
+    source: the mask, or its packed bits where only values are stored. survivors: what the ops take: the mask, or then the
+    survivors' positions in the flat weight, int32.
     """
 
-    def __init__(self, mask: Tensor, groups: int, *, compressed: bool = False) -> None:
-        self._groups, self._compressed = groups, compressed
-        super().__init__(mask)
+    def __init__(self, source: Tensor, mask: Tensor, groups: int) -> None:
+        compressed = source is not mask
+        super().__init__(source, source.clone() if compressed else pack_bits(source))
+        self.nnz = 0 if mask.is_meta else int(torch.count_nonzero(mask))
+        self.density = self.nnz / mask.numel() if mask.numel() else 1.0
         self.survivors = mask.flatten().nonzero().flatten().to(torch.int32) if compressed else mask
+        self.tensors = []
+        if mask.device.type == "cpu" and 0 < self.density < DENSE_FROM and mask.numel() < 2**31:
+            self.tensors = ops.implementation("conv_pattern_tensors", "cpu")(mask, groups, compressed)
 
-    def _index(self, mask: Tensor) -> list[Tensor]:
-        if mask.device.type != "cpu" or mask.numel() >= 2**31:
-            return []
-        return ops.implementation("conv_pattern_tensors", "cpu")(mask, self._groups, self._compressed)
+    def _packed(self, source: Tensor) -> Tensor:
+        return pack_bits(source) if source.dtype == torch.bool else source
 
 
 def conv_pays(

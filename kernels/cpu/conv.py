@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .conv_index import conv_pattern_tensors as conv_pattern_tensors
 from .conv_ir import copy_line, correlate_row, multiply_row, zero_line
+from .conv_memory import empty, lines
 from .conv_pack import pack_plane, unpack_pixels
 from .jit import jit, threads
 from .spmm_ir import LANES, compute_pointer, shifted, storage_pointer
@@ -250,7 +251,7 @@ def convolve(x: Tensor, values: Tensor, bias: Tensor | None, rows: int, index: l
     """y (B, rows, Ho, Wo) of x (B, C, H, W), contiguous, float32; values: of the index's slots."""
     B, C, H, W = x.shape
     (Ho, Wo), (sy, sx) = geometry.out, geometry.stride
-    y = torch.empty((B, rows, Ho, Wo), dtype=x.dtype)
+    y = empty(B, rows, Ho, Wo)
     starts, taps, _, channels = index
     batch_blocks = -(-B // LANES)
     workers = threads()
@@ -262,10 +263,11 @@ def convolve(x: Tensor, values: Tensor, bias: Tensor | None, rows: int, index: l
     live = channels.numel()
     at_once = max(1, min(band_rows, SUMS // (rows * Wo * LANES * 4)))
     offsets = _offsets_of(taps, geometry, image_rows, columns)
-    bytes_each = (live * image_rows * columns + LANES + rows * at_once * Wo) * LANES * 4
+    each = live * image_rows * columns + LANES + rows * at_once * Wo
+    bytes_each = each * LANES * 4
     tasks = batch_blocks * bands
     workers = min(workers, tasks)
-    scratch = torch.empty(workers * bytes_each, dtype=torch.uint8)
+    scratch = lines(workers * each, LANES)
     width, step = (0,) * _tile(Wo), (0,) * sx
     arguments = (
         *(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr()),
@@ -298,11 +300,11 @@ def correlate(x: Tensor, dy: Tensor, out: Tensor, index: list[Tensor], geometry:
     half = _tile(Wo)
     count = Ho * -(-Wo // half)
     most = int(np.diff(parts).max())
-    lines = LANES + Ho * Wo + most * (count + 1) // 2 * 2 * half
-    bytes_each = lines * LANES * 4
-    image = torch.empty(live * rows * columns * LANES)
-    scratch = torch.empty(workers * bytes_each, dtype=torch.uint8)
-    sums = torch.empty(taps.numel() * LANES)
+    each = LANES + Ho * Wo + most * ((count + 1) // 2) * 2 * half
+    bytes_each = each * LANES * 4
+    image = lines(live * rows * columns, LANES)
+    scratch = lines(workers * each, LANES)
+    sums = lines(taps.numel(), LANES)
     _correlate(
         workers,
         parts,
