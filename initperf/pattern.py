@@ -90,7 +90,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool mask of `shape`."""
     size = math.prod(shape)
-    if bits.device.type == "cpu":
+    if bits.device.type == "cpu" and torch._C._functorch.peek_interpreter_stack() is None:
         flat = np.unpackbits(bits.detach().numpy(), count=size, bitorder="little")
         return torch.from_numpy(flat).view(torch.bool).view(*shape)
     return unpacked(bits)[:size].view(*shape)

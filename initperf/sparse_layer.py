@@ -283,8 +283,13 @@ class SparseLayer(nn.Module):
         found = {name: state_dict.get(prefix + name) for name in (*expected, "weight_values")}
         for name, shape in expected.items():
             value = found[name]
-            if isinstance(value, Tensor) and shape is not None and value.shape != shape:
+            if not isinstance(value, Tensor) or shape is None:
+                continue
+            if value.shape != shape:
                 yield f"size mismatch for {prefix + name}: Expected shape {tuple(shape)}. Got {tuple(value.shape)}."
+                return
+            if name == "weight_mask_bits" and value.dtype != torch.uint8:
+                yield f"Expected {prefix + name} of dtype torch.uint8. Got {value.dtype}."
                 return
         mask, values, bits = found["weight_mask"], found["weight_values"], found["weight_mask_bits"]
         if mask is not None and not mask.is_meta and not bool(((mask == 0) | (mask == 1)).all()):
