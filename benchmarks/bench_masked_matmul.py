@@ -1,4 +1,6 @@
-"""MaskedLinear against nn.Linear with the same, pre-masked, weight: forward, and a step (forward, both gradients, bias)."""
+"""MaskedLinear and SparseLinear against nn.Linear with the same, pre-masked, weight: forward, a step (forward, both
+gradients, bias), whole training steps with Adam, and inference.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from initperf import ops
+from initperf import choice, ops
 from initperf.masked import MaskedLinear
+from initperf.sparse import SparseLinear
 
 # batch, inputs, outputs, density: the rows of the project's targets, then rows where dense is to run.
 ROWS = [
@@ -20,65 +23,161 @@ ROWS = [
     (60, 784, 300, 0.1),
     (1, 4096, 4096, 0.1),
     (256, 4096, 4096, 0.5),
+    (256, 1024, 1024, 0.7),
     (256, 1024, 1024, 1.0),
+    (60, 784, 300, 0.7),
     (60, 784, 300, 1.0),
     (16, 64, 64, 1.0),
 ]
+# For the chart of speed against density.
+CHART = [(256, 1024, 1024, density) for density in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)]
+LAYERS = {
+    "masked": (MaskedLinear, "masked_linear", "masked_grad_weight"),
+    "sparse": (SparseLinear, "sparse_linear", "sparse_grad_values"),
+}
+CASES = [(*row, storage) for row in ROWS + CHART for storage in LAYERS]
 
 
-def pair(inputs: int, outputs: int, density: float) -> tuple[MaskedLinear, nn.Linear]:
+@pytest.fixture(autouse=True, scope="module")
+def measured_choice():
+    """Sparse or dense is chosen as after `initperf doctor --calibrate`, which takes 20 s and is kept."""
+    if choice.measured(torch.get_num_threads()) is None and not torch.cuda.is_available():
+        from initperf.calibrate import calibrate
+
+        calibrate()
+
+
+def pair(inputs: int, outputs: int, density: float, storage: str) -> tuple[nn.Module, nn.Linear]:
     generator = torch.Generator().manual_seed(0)
-    masked = MaskedLinear(inputs, outputs, mask=torch.rand(outputs, inputs, generator=generator) <= density)
-    return masked, masked.to_linear()
+    layer = LAYERS[storage][0](inputs, outputs, mask=torch.rand(outputs, inputs, generator=generator) <= density)
+    return layer, layer.to_dense()
 
 
-@pytest.mark.parametrize(("batch", "inputs", "outputs", "density"), ROWS)
-def test_forward(versus, batch, inputs, outputs, density):
-    masked, dense = pair(inputs, outputs, density)
+def survivors(layer: nn.Module) -> int:
+    return int(layer.weight_mask.sum())
+
+
+@pytest.mark.parametrize(("batch", "inputs", "outputs", "density", "storage"), CASES)
+def test_forward(versus, batch, inputs, outputs, density, storage):
+    layer, dense = pair(inputs, outputs, density, storage)
     x = torch.randn(batch, inputs)
 
     def check():
-        torch.testing.assert_close(masked(x), dense(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
 
     with torch.no_grad():
         versus(
-            lambda: masked(x),
+            lambda: layer(x),
             {"dense": lambda: dense(x)},
             check=check,
-            group=f"masked forward {batch} x {inputs} -> {outputs}",
-            flops=2 * batch * int(masked.weight_mask.sum()),
+            group=f"{storage} forward {batch} x {inputs} -> {outputs}",
+            flops=2 * batch * survivors(layer),
             density=density,
-            budget=0.6,
-            backend=backend("masked_linear", lambda: masked(x)),
+            budget=0.4,
+            backend=backend(LAYERS[storage][1], lambda: layer(x)),
         )
 
 
-@pytest.mark.parametrize(("batch", "inputs", "outputs", "density"), ROWS)
-def test_step(versus, batch, inputs, outputs, density):
-    masked, dense = pair(inputs, outputs, density)
+@pytest.mark.parametrize(("batch", "inputs", "outputs", "density", "storage"), CASES)
+def test_step(versus, batch, inputs, outputs, density, storage):
+    layer, dense = pair(inputs, outputs, density, storage)
     x, dy = torch.randn(batch, inputs, requires_grad=True), torch.randn(batch, outputs)
+    parameter = "weight" if storage == "masked" else "weight_values"
 
-    def step(layer):
+    def step(layer, name):
         layer.zero_grad()
         x.grad = None
         layer(x).backward(dy)
-        return x.grad, layer.weight.grad
+        return x.grad, getattr(layer, name).grad
 
     def check():
-        (dx, dw), (dense_dx, dense_dw) = step(masked), step(dense)
+        (dx, dw), (dense_dx, dense_dw) = step(layer, parameter), step(dense, "weight")
         torch.testing.assert_close(dx, dense_dx, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(dw, dense_dw.masked_fill(~masked.weight_mask, 0), rtol=1e-4, atol=1e-3)
+        mask = layer.weight_mask
+        wanted = dense_dw.masked_fill(~mask, 0) if storage == "masked" else dense_dw[mask][:, None]
+        torch.testing.assert_close(dw, wanted, rtol=1e-4, atol=1e-3)
 
     versus(
-        lambda: step(masked),
-        {"dense": lambda: step(dense)},
+        lambda: step(layer, parameter),
+        {"dense": lambda: step(dense, "weight")},
         check=check,
-        group=f"masked step {batch} x {inputs} -> {outputs}",
-        flops=6 * batch * int(masked.weight_mask.sum()),
+        group=f"{storage} step {batch} x {inputs} -> {outputs}",
+        flops=6 * batch * survivors(layer),
         density=density,
-        budget=0.6,
-        backend=backend("masked_grad_weight", lambda: step(masked)),
+        budget=0.4,
+        backend=backend(LAYERS[storage][2], lambda: step(layer, parameter)),
     )
+
+
+MODELS = {"MLP 4 x 4096": ((4096,) * 5, 256), "LeNet-300-100": ((784, 300, 100, 10), 60)}
+
+
+def mlp(widths: tuple[int, ...], make: Callable[[int, int, int], nn.Module]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        layers += [make(i, inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def models(name: str, storage: str, density: float = 0.1) -> tuple[nn.Module, nn.Module]:
+    """Ours, and the dense one with the same pre-masked weights. The output layer of LeNet keeps half, as in the paper."""
+    widths, _ = MODELS[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def make(i, inputs, outputs):
+        keep = density if outputs > 10 else 0.5
+        return LAYERS[storage][0](inputs, outputs, mask=torch.rand(outputs, inputs, generator=generator) <= keep)
+
+    ours = mlp(widths, make)
+    theirs = nn.Sequential(*(m.to_dense() if hasattr(m, "to_dense") else m for m in ours))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("storage", LAYERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_training_step_with_adam(versus, name, storage):
+    ours, theirs = models(name, storage)
+    widths, batch = MODELS[name]
+    x, target = torch.randn(batch, widths[0]), torch.randint(0, widths[-1], (batch,))
+
+    def trainer(model):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+        def step():
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), target)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step
+
+    first, second = trainer(ours), trainer(theirs)
+
+    def check():
+        torch.testing.assert_close(first(), second(), rtol=1e-4, atol=1e-4)
+
+    versus(first, {"dense": second}, check=check, group=f"{storage} training {name}", density=0.1, budget=1.5)
+
+
+@pytest.mark.parametrize("batch", [1, 256])
+@pytest.mark.parametrize("name", MODELS)
+def test_inference(versus, name, batch):
+    ours, theirs = models(name, "sparse")
+    x = torch.randn(batch, MODELS[name][0][0])
+
+    def check():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+
+    with torch.inference_mode():
+        versus(
+            lambda: ours(x),
+            {"dense": lambda: theirs(x)},
+            check=check,
+            group=f"sparse inference {name}",
+            density=0.1,
+            budget=0.6,
+        )
 
 
 @pytest.mark.parametrize("density", [0.5, 0.1, 0.01])
@@ -104,4 +203,4 @@ def backend(op: str, call: Callable[[], object]) -> str:
     """The backend that `call` runs `op` with, as ops.CALLS counts it."""
     before = ops.CALLS.copy()
     call()
-    return next(name for called, name in ops.CALLS - before if called == op)
+    return next((name for called, name in ops.CALLS - before if called == op), "torch")

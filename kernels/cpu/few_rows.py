@@ -5,17 +5,23 @@ Bound by reading values and columns. A task is a panel of rows: its sums are a p
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
-from .jit import jit
+from .jit import jit, threads
 from .lookup_ir import REGISTER_COLUMNS, matvec_unit, outer_unit
+from .memory import working_memory
+from .pattern import BLOCK, WIDE_BLOCK, block_of
 from .spmm_ir import ROWS, compute_pointer, load, shifted, storage_pointer, store
 from .survivors import KINDS, SLACK, STARTS, begin_rows, fetch, leave
 from .tiles import ZERO
 
+SERIAL = 1 << 18  # slots under which a second thread costs more than it saves
+_WIDE = {block: (0,) * (block // REGISTER_COLUMNS) for block in (BLOCK, WIDE_BLOCK)}
 FEW = 4  # batch rows; from more on, lanes over the batch cost less
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 
@@ -176,53 +182,45 @@ def _correlate_parallel(
         )
 
 
-def _scratch(batch: int, index: tuple[int, int, int, int], size: int, workers: int) -> tuple[Tensor, int]:
-    """Working memory of all workers, and the bytes of each: header, X rows, sums or dY rows, the slots of a panel's block."""
-    _, blocks, quads, block = index
+@lru_cache(maxsize=4096)
+def _bytes_each(batch: int, blocks: int, quads: int, block: int, size: int) -> int:
+    """Of a worker's memory: header, X rows, sums or dY rows, the slots of a panel's block; a multiple of 64."""
     panel = quads * ROWS
     elements = batch * (blocks * block + panel) + panel * block + SLACK
-    bytes_each = -(-(elements * size + 8 * panel + 8 * block) // 64) * 64 + 128
-    return torch.empty(workers * bytes_each, dtype=torch.uint8), bytes_each
+    return -(-(elements * size + 8 * panel + 8 * block) // 64) * 64 + 128
 
 
-def multiply_few(
+def call_few(
+    multiplies: bool,
     x: Tensor,
-    source: tuple[int, ...],
-    bias_at: int,
     y: Tensor,
+    storage: tuple[int, ...],
+    bias_at: int,
     units: Tensor,
     columns: Tensor,
-    index: tuple[int, int, int, int],
-    workers: int,
+    shape: tuple[int, int, int],
+    sizes: tuple[int, int, int],
 ) -> None:
-    """y (B, N) = x (B, K) W^T + bias for B <= FEW."""
-    sizes = (len(x), y.shape[1], x.shape[1])
-    kind, wide = KINDS[x.dtype], (0,) * (index[3] // REGISTER_COLUMNS)
-    scratch, bytes_each = _scratch(len(x), index, 8 if x.dtype == torch.float64 else 4, workers)
-    shared = (*(units.data_ptr(), columns.data_ptr(), index, x.data_ptr(), x.stride()),)
-    shared += (source, bias_at, y.data_ptr(), sizes, scratch.data_ptr())
-    if workers > 1:
-        _multiply_parallel(workers, bytes_each, wide, kind, *shared)
-    else:
-        _multiply_panels(wide, kind, (0, index[0]), *shared)
+    """For B <= FEW: y (B, N) = x (B, K) W^T + bias from the source `storage`, or y^T x at the survivors to that target.
 
-
-def correlate_few(
-    dy: Tensor,
-    x: Tensor,
-    target: tuple[int, ...],
-    units: Tensor,
-    columns: Tensor,
-    index: tuple[int, int, int, int],
-    workers: int,
-) -> None:
-    """dy (B, N) transposed times x (B, K) at the survivors, for B <= FEW."""
-    sizes = (len(x), dy.shape[1], x.shape[1])
-    kind, wide = KINDS[x.dtype], (0,) * (index[3] // REGISTER_COLUMNS)
-    scratch, bytes_each = _scratch(len(x), index, 8 if x.dtype == torch.float64 else 4, workers)
-    shared = (*(units.data_ptr(), columns.data_ptr(), index, dy.data_ptr(), dy.stride()),)
-    shared += (x.data_ptr(), x.stride(), target, sizes, scratch.data_ptr())
-    if workers > 1:
-        _correlate_parallel(workers, bytes_each, wide, kind, *shared)
+    shape: panels, column blocks and units a panel of the index; sizes: B, N, K.
+    """
+    panels, blocks, quads = shape
+    block = block_of(sizes[2], blocks)
+    index = (panels, blocks, quads, block)
+    workers = min(threads(), panels) if columns.numel() >= SERIAL else 1
+    bytes_each = _bytes_each(sizes[0], blocks, quads, block, 8 if x.dtype == torch.float64 else 4)
+    kind, wide = KINDS[x.dtype], _WIDE[block]
+    scratch = working_memory(workers * bytes_each)
+    first = (units.data_ptr(), columns.data_ptr(), index)
+    last = (sizes, scratch.data_ptr())
+    if multiplies:
+        shared = (*first, x.data_ptr(), x.stride(), storage, bias_at, y.data_ptr(), *last)
+        one, many = _multiply_panels, _multiply_parallel
     else:
-        _correlate_panels(wide, kind, (0, index[0]), *shared)
+        shared = (*first, y.data_ptr(), y.stride(), x.data_ptr(), x.stride(), storage, *last)
+        one, many = _correlate_panels, _correlate_parallel
+    if workers > 1:
+        many(workers, bytes_each, wide, kind, *shared)
+    else:
+        one(wide, kind, (0, panels), *shared)

@@ -1,4 +1,4 @@
-"""Output memory for weight gradients. glibc maps blocks of 32 MB and more afresh at every allocation, and the page faults of a
+"""Memory of the products: of weight gradients, and to work in. glibc maps blocks of 32 MB and more afresh at every allocation, and the page faults of a
 64 MB gradient cost more than computing it at survivors only; so the block of a layer's last gradient is used again once free.
 """
 
@@ -38,3 +38,17 @@ def gradient_memory(owner: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -
         elif sys.getrefcount(block) > _IDLE:
             block = _block(size)
         return torch.frombuffer(block, dtype=dtype).view(shape)
+
+
+_KEPT = 8 << 20  # bytes of working memory that a thread keeps
+_own = threading.local()
+
+
+def working_memory(size: int) -> Tensor:
+    """Uninitialized bytes at a multiple of 64, that the calling thread's next call may use again."""
+    if size > _KEPT or torch.are_deterministic_algorithms_enabled():  # which fills it, so that reads of nothing show
+        return torch.empty(size, dtype=torch.uint8)
+    memory: Tensor | None = getattr(_own, "memory", None)
+    if memory is None or memory.numel() < size:
+        memory = _own.memory = torch.empty(size, dtype=torch.uint8)
+    return memory

@@ -8,7 +8,8 @@ Every sum runs over columns, or over batch rows, in one fixed order: the bits do
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from .few_rows import FEW, correlate_few, multiply_few
+from .few_rows import FEW, call_few
 from .jit import jit, threads
+from .memory import working_memory
 from .pattern import block_of
 from .spmm_ir import LANES, ROWS, compute_pointer, correlate_unit, multiply_unit, shifted, storage_pointer
 from .survivors import KINDS, SLACK, STARTS, ask, begin_rows, fetch, leave
@@ -25,7 +27,6 @@ from .tiles import ZERO, pack, start_sums, unpack
 
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 SERIAL = 3 << 20  # multiply-adds under which a second thread costs more than it saves
-SERIAL_FEW = 1 << 18  # the same in survivors, with few batch rows
 TILE = 1 << 20  # bytes of sums (or of dy) that a task keeps in the second-level cache
 BLOCKS = 4  # batch blocks that share one gather of the weights
 COST = {4: 0.31, 2: 0.35, 1: 0.45}  # V -> measured ns a vector: fewer lanes pay more for the broadcast
@@ -285,37 +286,32 @@ def _plan(
             blocks = -(-blocks // 2)
 
 
-class _Call:
-    """What both kernels derive from the index and the batch."""
+class _Call(NamedTuple):
+    """What a kernel is called with, beside addresses: all that follows from the index's sizes and the batch."""
 
-    def __init__(
-        self, units: Tensor, columns: Tensor, batch: int, K: int, dtype: torch.dtype, *, split_batch: bool
-    ) -> None:
-        panels, blocks, quads = units.shape[:3]
-        self.kind = KINDS[dtype]
-        self.width = _widths(batch)
-        self.block = block_of(K, blocks)
-        self.index = (panels, blocks, quads, self.block)
-        self.workers = threads() if columns.numel() * max(batch, LANES) >= SERIAL else 1
-        self.size = 8 if dtype == torch.float64 else 4
-        self.lanes = len(self.width) * LANES
-        *self.plan, self.tasks = _plan(batch, self.lanes, panels, quads * ROWS, self.size, self.workers, split_batch)
-        self.workers = min(self.workers, self.tasks)
-
-    def scratch(self, gathers: bool) -> tuple[Tensor, int]:
-        """Working memory of all workers, 64-byte aligned, and the bytes of each: cursor, X tile, sums or dy, values."""
-        blocks, each, _ = self.plan
-        rows = each * self.index[2] * ROWS
-        elements = blocks * self.lanes * (self.block + rows) + gathers * (rows * self.block + SLACK)
-        bytes_each = -(-elements * self.size // 64) * 64 + 64 + -(-8 * rows // 64) * 64
-        return torch.empty(self.workers * bytes_each, dtype=torch.uint8), bytes_each
+    width: tuple[int, ...]
+    kind: np.ndarray
+    index: tuple[int, int, int, int]  # panels, column blocks, units a panel, columns a block
+    sizes: tuple[int, int, int]
+    plan: tuple[int, int, int]
+    tasks: int
+    workers: int
+    bytes_each: int  # of a worker's memory: cursor, X tile, sums or dY, values
 
 
-def _few(units: Tensor, columns: Tensor, K: int) -> tuple[tuple[int, int, int, int], int]:
-    """The index's sizes, and the workers, for few batch rows."""
-    panels, blocks, quads = units.shape[:3]
-    workers = min(threads(), panels) if columns.numel() >= SERIAL_FEW else 1
-    return (panels, blocks, quads, block_of(K, blocks)), workers
+@lru_cache(maxsize=4096)
+def _call(
+    shape: tuple[int, int, int], sizes: tuple[int, int, int], dtype: torch.dtype, workers: int, multiplies: bool
+) -> _Call:
+    (panels, blocks, quads), (B, _, K) = shape, sizes
+    width, block = _widths(B), block_of(K, blocks)
+    size, lanes = 8 if dtype == torch.float64 else 4, len(width) * LANES
+    batch_blocks, each, groups, tasks = _plan(B, lanes, panels, quads * ROWS, size, workers, multiplies)
+    rows = each * quads * ROWS
+    elements = batch_blocks * lanes * (block + rows) + multiplies * (rows * block + SLACK)
+    bytes_each = -(-elements * size // 64) * 64 + 64 + -(-8 * rows // 64) * 64
+    index, plan = (panels, blocks, quads, block), (batch_blocks, each, groups)
+    return _Call(width, KINDS[dtype], index, sizes, plan, tasks, min(workers, tasks), bytes_each)
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -329,22 +325,27 @@ def multiply(
     """y (B, rows) = x (B, K) times the transpose of the weight behind `source` (survivors.py), at the survivors of the index."""
     B, K = x.shape
     y = torch.empty((B, rows), dtype=x.dtype)
-    if not y.numel():
+    if not (B and rows):
         return y
     x = _readable(x)
-    bias = None if bias is None else bias.contiguous()
-    bias_at = 0 if bias is None else bias.data_ptr()
+    bias_at = 0
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_at = bias.data_ptr()
+    sizes = (B, rows, K)
+    panels, blocks, quads, _ = units.shape
     if B <= FEW:
-        multiply_few(x, source, bias_at, y, units, columns, *_few(units, columns, K))
+        call_few(True, x, y, source, bias_at, units, columns, (panels, blocks, quads), sizes)
         return y
-    call = _Call(units, columns, B, K, x.dtype, split_batch=True)
-    scratch, bytes_each = call.scratch(gathers=True)
+    workers = threads() if columns.numel() * max(B, LANES) >= SERIAL else 1
+    call = _call((panels, blocks, quads), sizes, x.dtype, workers, True)
+    scratch = working_memory(call.workers * call.bytes_each)
     shared = (
         *(units.data_ptr(), columns.data_ptr(), call.index, x.data_ptr(), x.stride(), source, bias_at, y.data_ptr()),
-        *((B, rows, K), tuple(call.plan), scratch.data_ptr()),
+        *(sizes, call.plan, scratch.data_ptr()),
     )
     if call.workers > 1:
-        _multiply_parallel(call.workers, call.tasks, bytes_each, call.width, call.kind, *shared)
+        _multiply_parallel(call.workers, call.tasks, call.bytes_each, call.width, call.kind, *shared)
     else:
         _multiply_tasks(call.width, call.kind, (0, call.tasks), *shared)
     return y
@@ -354,19 +355,23 @@ def correlate(dy: Tensor, x: Tensor, target: tuple[int, ...], units: Tensor, col
     """dy (B, N) transposed times x (B, K) at the survivors of the index, written to `target` (survivors.py); B > 0."""
     (B, N), K = dy.shape, x.shape[1]
     dy, x = _readable(dy), _readable(x)
+    sizes = (B, N, K)
+    panels, blocks, quads, _ = units.shape
     if B <= FEW:
-        correlate_few(dy, x, target, units, columns, *_few(units, columns, K))
+        call_few(False, x, dy, target, 0, units, columns, (panels, blocks, quads), sizes)
         return
-    call = _Call(units, columns, B, K, x.dtype, split_batch=False)
-    scratch, bytes_each = call.scratch(gathers=False)
     slots = columns.numel()
-    sums = torch.empty(slots + SLACK, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    workers = threads() if slots * B >= SERIAL else 1
+    call = _call((panels, blocks, quads), sizes, x.dtype, workers, False)
+    own = call.workers * call.bytes_each
+    scratch = working_memory(own + (slots + SLACK) * (8 if x.dtype == torch.float64 else 4))
+    memory = scratch.data_ptr()
     shared = (
         *(units.data_ptr(), columns.data_ptr(), slots, call.index),
-        *(dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride(), sums.data_ptr(), target),
-        *((B, N, K), tuple(call.plan), scratch.data_ptr()),
+        *(dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride(), memory + own, target),
+        *(sizes, call.plan, memory),
     )
     if call.workers > 1:
-        _correlate_parallel(call.workers, call.tasks, bytes_each, call.width, call.kind, *shared)
+        _correlate_parallel(call.workers, call.tasks, call.bytes_each, call.width, call.kind, *shared)
     else:
         _correlate_tasks(call.width, call.kind, (0, call.tasks), *shared)
