@@ -70,7 +70,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
 
 
-def gpt2(width: int = 768, depth: int = 12, vocabulary: int = 50257) -> nn.Module:
+def gpt2(width: int = 768, depth: int = 12, vocabulary: int = 50257, device: str = "cpu") -> nn.Module:
     """The parameters of GPT-2 small: 124 million in 148 tensors."""
     with torch.device("meta"):
         model = nn.ModuleDict(
@@ -81,7 +81,7 @@ def gpt2(width: int = 768, depth: int = 12, vocabulary: int = 50257) -> nn.Modul
                 "ln_f": nn.LayerNorm(width),
             }
         )
-    return model.to_empty(device="cpu")
+    return model if device == "meta" else model.to_empty(device=device)
 
 
 def torchs_gpt2(model: nn.Module) -> None:
@@ -113,6 +113,26 @@ def test_init_whole_model(versus):
         values=count,
         nbytes=4 * count,
         tensors=len(list(model.parameters())),
+    )
+
+
+def test_init_from_meta(versus):
+    """Memory and values in one step, against to_empty and the loop."""
+    count = sum(p.numel() for p in gpt2(depth=4, device="meta").parameters())
+
+    def check():
+        model = gpt2(depth=4, device="meta")
+        initialize(model, "gpt2", seed=1)
+        assert model["wte"].weight.std().item() == pytest.approx(0.02, rel=0.01)
+
+    versus(
+        lambda: initialize(gpt2(depth=4, device="meta"), "gpt2", seed=1),
+        lambda: torchs_gpt2(gpt2(depth=4)),
+        check=check,
+        group="init model from meta, 68 M parameters",
+        budget=2.0,
+        values=count,
+        nbytes=4 * count,
     )
 
 
