@@ -8,19 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEVICES = ("cpu", "cuda")
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_function_transform = torch._C._functorch.peek_interpreter_stack
+_is_autocast_enabled = torch.is_autocast_enabled
 
 
 def plain(x: Tensor) -> bool:
     """Whether only autograd can be listening to an op on `x`: no mode, no transform, no tracing, no autocast, no subclass."""
+    on_cpu = x.is_cpu
     return (
         type(x) is Tensor
-        and x.device.type in DEVICES
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.is_autocast_enabled(x.device.type)
+        and (on_cpu or x.is_cuda)
+        and not _is_compiling()
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _function_transform() is None
+        and not _is_autocast_enabled("cpu" if on_cpu else "cuda")
     )
 
 

@@ -68,7 +68,9 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         pattern = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
-        values = self.weight_values
+        values = self._parameters.get("weight_values")  # as the attribute, a microsecond sooner
+        if values is None:
+            values = self.weight_values
         check_input(input, self.in_features, values.dtype)
         shape = input.shape
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
