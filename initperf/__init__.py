@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from initperf import init, prune
     from initperf.checks import InitPerfError
+    from initperf.conv import MaskedConv2d, SparseConv2d
     from initperf.convert import check_masks, densify, sparsify
     from initperf.explain import describe, describe_file
     from initperf.masked import MaskedLinear
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "InitPerfError",
+    "MaskedConv2d",
     "MaskedLinear",
+    "SparseConv2d",
     "SparseLinear",
     "Ticket",
     "TicketSearch",
@@ -43,7 +46,9 @@ __all__ = [
 ]
 _HOMES = {
     "InitPerfError": "checks",
+    "MaskedConv2d": "conv",
     "MaskedLinear": "masked",
+    "SparseConv2d": "conv",
     "SparseLinear": "sparse",
     "Ticket": "ticket",
     "TicketSearch": "search",

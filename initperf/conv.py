@@ -1,4 +1,4 @@
-"""MaskedConv2d: an nn.Conv2d that trains only its survivors."""
+"""MaskedConv2d and SparseConv2d: an nn.Conv2d that trains only its survivors, with a dense weight or with compressed storage."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from initperf import conv_ops
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
 from initperf.conv_ops import ConvPattern
 from initperf.masked_layer import MaskedLayer
+from initperf.sparse_layer import SparseLayer
 
 _ATTRIBUTES = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),
@@ -75,6 +76,88 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             return self._conv_forward(input, weight.masked_fill(~self.weight_mask, 0), self.bias)
         # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
         return convolved(self, input, weight, self.weight_mask, pattern.tensors, isinstance(weight, nn.Parameter))
+
+
+class SparseConv2d(SparseLayer):
+    """y = x * W + b, of which only the survivors are stored: `weight_values` (nnz, 1), with gradient and optimizer state of that shape.
+
+    Arguments and inputs: MaskedConv2d. mask: bool, of the dense weight's shape, True = survives; None: all. Checkpoints of
+    nn.Conv2d, MaskedConv2d and torch.nn.utils.prune load too. Elementwise optimizers (SGD, Adam and kin) only; see
+    SparseLayer for changes of the mask. Where the sparse kernel does not run, as on a GPU, every call fills a dense weight.
+    """
+
+    DENSE = nn.Conv2d
+    MASKED = MaskedConv2d
+    ATTRIBUTES = _ATTRIBUTES
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    groups: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in FLOATS:
+            fail("dtype float32, bfloat16, float16 or float64", dtype)
+        args: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        shell = nn.Conv2d(in_channels, out_channels, *args, device="meta")
+        if mask is not None:
+            check_mask(mask, shell.weight.shape)
+        super().__init__()
+        for name in _ATTRIBUTES:
+            setattr(self, name, getattr(shell, name))
+        nnz = shell.weight.numel() if mask is None else int(mask.count_nonzero())
+        self.weight_values = nn.Parameter(torch.empty(nnz, 1, device=device, dtype=dtype))
+        own = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", own)
+        self._adopt(mask)
+        self.reset_parameters()
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, mask: Tensor | None = None) -> SparseConv2d:
+        """A compressed copy of `conv`, which stays as it is. sparsify(..., sparse=True) keeps the Parameter objects instead."""
+        return cls._from_dense_layer(conv, mask)
+
+    def to_conv(self) -> nn.Conv2d:
+        """An nn.Conv2d with copies of the survivors, zeros elsewhere, and the bias."""
+        return cast(nn.Conv2d, self.to_dense())
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """(out_channels, in_channels / groups, height, width)."""
+        return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
+
+    def _new_pattern(self) -> ConvPattern:
+        return ConvPattern(self.weight_mask_bits, self.weight_mask, self.groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        pattern = cast(ConvPattern, self._pattern if torch.compiler.is_compiling() else self._fresh_pattern())
+        values = self.weight_values
+        check_images(self, input, values.dtype)
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            # torch.func's transforms (vmap, jvp, grad) know torch's own convolution
+            places = pattern.survivors.long()
+            flat = torch.zeros(self.weight_shape.numel(), dtype=values.dtype, device=values.device)
+            weight = flat.scatter(0, places, values.flatten()).view(self.weight_shape)
+            return nn.Conv2d._conv_forward(cast(nn.Conv2d, self), input, weight, self.bias)
+        return convolved(self, input, values, pattern.survivors, pattern.tensors, False)
+
+    def extra_repr(self) -> str:
+        return f"{nn.Conv2d.extra_repr(cast(nn.Conv2d, self))}, {super().extra_repr()}"
 
 
 def _weight_shape(

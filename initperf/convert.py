@@ -17,6 +17,7 @@ from initperf.checks import (
     check_mask,
     fail,
 )
+from initperf.conv import MaskedConv2d, SparseConv2d
 from initperf.masked import MaskedLinear
 from initperf.masked_layer import MaskedLayer, check_own_weight
 from initperf.optimizer_masks import check_optimizer, mask_optimizer_
@@ -32,7 +33,10 @@ class Family(NamedTuple):
     sparse: type[SparseLayer]
 
 
-FAMILIES: dict[type[nn.Module], Family] = {nn.Linear: Family(MaskedLinear, SparseLinear)}
+FAMILIES: dict[type[nn.Module], Family] = {
+    nn.Linear: Family(MaskedLinear, SparseLinear),
+    nn.Conv2d: Family(MaskedConv2d, SparseConv2d),
+}
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
@@ -53,11 +57,11 @@ def sparsify(
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """Turn the dense layers of `model` (nn.Linear) into masked or compressed ones, in place, and return the model.
+    """Turn dense layers of `model` (nn.Linear, nn.Conv2d) into masked or compressed ones, in place, and return the model.
 
     masks: {name of a weight, such as "fc1.weight": bool mask}; or density: the fraction of each layer's weights to keep,
-    one number for every nn.Linear or {glob of weight names: number}, by magnitude.
-    sparse: True makes compressed layers (SparseLinear), False masked ones (MaskedLinear), of masked and compressed ones too;
+    one number for all or {glob of weight names: number}, by magnitude.
+    sparse: True makes compressed layers (SparseLinear, SparseConv2d), False masked ones, of masked and compressed ones too;
     None leaves those as they are stored, and makes dense ones masked.
     Parameters stay the same objects, so an optimizer without state keeps working; `optimizer`, or mask_optimizer_ before or
     after, brings one with state along.

@@ -108,13 +108,16 @@ def correlate_row(
         base = builder.gep(lines, [_offset(builder, places, loop.j)])
         other = builder.gep(base, [shift])
         place = builder.mul(loop.j, ir.Constant(_I64, LANES))
-        one = vector_at(builder, totals, place, element, 64)
-        two = builder.fmul(kept[half], vector_at(builder, other, 0, element, 64))
-        for v in range(half):
-            one = fused(builder, kept[v], vector_at(builder, base, v * stride, element, 64), one)
-            if v:
-                two = fused(builder, kept[half + v], vector_at(builder, other, v * stride, element, 64), two)
-        store_vector(builder, builder.fadd(one, two), totals, place, 64)
+        total = []
+        for first, begin in ((0, base), (half, other)):
+            products = builder.fmul(kept[first], vector_at(builder, begin, 0, element, 64))
+            for v in range(1, half):
+                products = fused(builder, kept[first + v], vector_at(builder, begin, v * stride, element, 64), products)
+            total.append(products)
+        before = vector_at(
+            builder, totals, place, element, 64
+        )  # a tile's sum is made alone, and then added: more exact
+        store_vector(builder, builder.fadd(before, builder.fadd(*total)), totals, place, 64)
         loop.end([])
         return ctx.get_dummy_value()
 

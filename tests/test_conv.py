@@ -1,0 +1,380 @@
+"""MaskedConv2d and SparseConv2d are nn.Conv2d with a mask: every argument, values, gradients, checkpoints, training."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from tolerance import assert_close_to_exact, bits
+from torch import nn
+
+from initperf import MaskedConv2d, SparseConv2d, check_masks, densify, ops, sparsify
+from initperf.checks import InitPerfError
+from initperf.choice import prefer
+from initperf.conv_ops import conv_pays
+
+pytest.importorskip("numba")
+
+ARGUMENTS = {
+    "padding": {"padding": 1},
+    "no padding": {},
+    "more padding than reach": {"padding": 4},
+    "uneven padding": {"padding": (0, 2)},
+    "same": {"padding": "same", "kernel_size": (2, 4)},
+    "valid": {"padding": "valid"},
+    "stride 2": {"stride": 2, "padding": 1},
+    "stride 3": {"stride": (2, 3)},
+    "dilation": {"dilation": (2, 1), "padding": 2},
+    "groups": {"groups": 2, "padding": 1},
+    "depthwise": {"groups": 6, "out_channels": 12},
+    "one tap": {"kernel_size": 1},
+    "wide": {"kernel_size": (1, 7), "padding": (0, 3)},
+    "reflect": {"padding": 2, "padding_mode": "reflect"},
+    "replicate": {"padding": 1, "padding_mode": "replicate"},
+    "circular": {"padding": "same", "padding_mode": "circular"},
+    "no bias": {"bias": False},
+}
+KINDS = [MaskedConv2d, SparseConv2d]
+
+
+@pytest.fixture(params=["kernel", "dense"])
+def path(request):
+    """Both convolutions that an op may choose."""
+    with prefer("sparse" if request.param == "kernel" else "dense"):
+        yield request.param
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def layer_of(kind, density=0.2, seed=0, **given):
+    arguments = {"in_channels": 6, "out_channels": 10, "kernel_size": 3, **given}
+    shape = nn.Conv2d(**arguments, device="meta").weight.shape
+    torch.manual_seed(seed)
+    return kind(**arguments, mask=torch.rand(shape) < density)
+
+
+def stored(layer, dense):
+    """A tensor of the dense weight's shape as the layer stores its own."""
+    return layer.compress(dense) if isinstance(layer, SparseConv2d) else dense.masked_fill(~layer.weight_mask, 0)
+
+
+def results(layer, x, dy):
+    """y, and the gradients of x, of the weight (dense) and of the bias."""
+    x = x.detach().clone().requires_grad_()
+    y = layer(x)
+    y.backward(dy.to(y.dtype))
+    weight = layer.weight_values if isinstance(layer, SparseConv2d) else layer.weight
+    bias = [] if layer.bias is None else [layer.bias.grad]
+    return [y.detach(), x.grad, weight.grad, *bias]
+
+
+def assert_as_exact_as_conv2d(layer, x):
+    twin = layer.to_conv()
+    exact = copy.deepcopy(twin).double()
+    dy = torch.randn_like(twin(x))
+    got, dense, wide = results(layer, x, dy), results(twin, x, dy), results(exact, x.double(), dy)
+    dense[2], wide[2] = stored(layer, dense[2]), stored(layer, wide[2])
+    for ours, true, theirs in zip(got, wide, dense, strict=True):
+        assert_close_to_exact(ours, true, theirs)
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_values_and_gradients_are_as_exact_as_those_of_conv2d(kind, path, arguments):
+    assert_as_exact_as_conv2d(layer_of(kind, **arguments), torch.randn(19, 6, 11, 13))
+
+
+@pytest.mark.parametrize("size", [(3, 3), (3, 4), (5, 6), (4, 10), (32, 3), (7, 33)])
+@pytest.mark.parametrize("batch", [1, 16, 33])
+def test_images_and_batches_of_any_size(path, size, batch):
+    assert_as_exact_as_conv2d(layer_of(MaskedConv2d, padding=1), torch.randn(batch, 6, *size))
+    assert_as_exact_as_conv2d(layer_of(MaskedConv2d), torch.randn(batch, 6, *size))
+
+
+@pytest.mark.parametrize("density", [0.01, 0.5, 1.0])
+def test_any_density_over_many_channel_blocks(kind, path, density):
+    layer = layer_of(kind, density, in_channels=70, out_channels=20, padding=1)
+    assert_as_exact_as_conv2d(layer, torch.randn(17, 70, 8, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(kind, path, dtype):
+    assert_as_exact_as_conv2d(layer_of(kind, padding=1).to(dtype), torch.randn(5, 6, 7, 9).to(dtype))
+
+
+def test_the_kernel_runs_where_it_is_preferred_and_stride_one_backward(kind):
+    before = ops.CALLS.copy()
+    with prefer("sparse"):
+        layer = layer_of(kind, padding=1)
+        results(layer, torch.randn(16, 6, 8, 8), torch.ones(16, 10, 8, 8))
+    calls = {name: number for name, number in (ops.CALLS - before).items() if name[0].startswith("masked_conv2d")}
+    names = ("masked_conv2d", "masked_conv2d_grad_input", "masked_conv2d_grad_weight")
+    assert calls == {(name, "numba"): 1 for name in names}
+
+
+def test_pruned_weights_have_gradients_of_exactly_zero(path):
+    layer = layer_of(MaskedConv2d, padding=1)
+    results(layer, torch.randn(16, 6, 8, 8), torch.ones(16, 10, 8, 8))
+    assert not bits(layer.weight)[~layer.weight_mask].any()
+    assert not bits(layer.weight.grad)[~layer.weight_mask].any()
+    assert layer.weight.grad[layer.weight_mask].all()
+
+
+def test_nothing_survives(kind, path):
+    layer = layer_of(kind, density=0.0, padding=1)
+    x = torch.randn(16, 6, 8, 8)
+    y, dx, dw, _ = results(layer, x, torch.ones(16, 10, 8, 8))
+    assert torch.equal(y, layer.bias.detach().view(1, -1, 1, 1).expand_as(y))
+    assert not dx.any()
+    assert not dw.any()
+
+
+def test_dead_channels_are_neither_read_nor_written(kind):
+    mask = torch.zeros(10, 6, 3, 3, dtype=torch.bool)
+    mask[2, 4] = True
+    layer = kind(6, 10, 3, padding=1, mask=mask)
+    x = torch.randn(16, 6, 8, 8)
+    assert layer._fresh_pattern().tensors[3].tolist() == [4]
+    poisoned = x.clone()
+    poisoned[:, :4] = torch.nan
+    with prefer("sparse"), torch.no_grad():
+        assert torch.equal(layer(poisoned), layer(x))
+
+
+def test_no_images_and_one_image_without_batch(kind, path):
+    layer = layer_of(kind, padding=1)
+    assert layer(torch.randn(0, 6, 8, 8)).shape == (0, 10, 8, 8)
+    x = torch.randn(6, 8, 8)
+    y = layer(x)
+    assert torch.equal(y, layer(x[None])[0])
+
+
+def test_images_of_other_strides(kind, path):
+    layer = layer_of(kind, padding=1)
+    x = torch.randn(16, 6, 8, 12)
+    for other in (x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        torch.testing.assert_close(layer(other), layer(x))
+
+
+def test_the_bits_do_not_depend_on_threads(kind):
+    layer = layer_of(kind, in_channels=24, padding=1)
+    x, dy = torch.randn(40, 24, 9, 9), torch.randn(40, 10, 9, 9)
+    threads, found = torch.get_num_threads(), []
+    with prefer("sparse"):
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                layer.zero_grad()
+                found.append(results(layer, x, dy)[:3])
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("arguments", [{"padding": 1}, {"stride": 2}], ids=str)
+def test_second_derivatives_are_those_of_conv2d(kind, path, arguments):
+    layer = layer_of(kind, **arguments).double()
+    twin = layer.to_conv()
+    x = torch.randn(3, 6, 6, 7, dtype=torch.float64)
+
+    def second(module, weight):
+        own = x.clone().requires_grad_()
+        dx, dw = torch.autograd.grad(module(own).pow(2).sum(), (own, weight), create_graph=True)
+        return torch.autograd.grad(dx.pow(2).sum() + (dw**2).sum(), (own, weight))
+
+    weight = layer.weight_values if kind is SparseConv2d else layer.weight
+    mask = layer.weight_mask
+    (dx, dw), masked = second(layer, weight), torch.zeros_like(twin.weight)
+    masked[mask] = 1
+    parameter = twin.weight
+
+    def masked_conv(own):
+        return twin._conv_forward(own, parameter * masked, twin.bias)
+
+    true_dx, true_dw = second(masked_conv, parameter)
+    torch.testing.assert_close(dx, true_dx)
+    torch.testing.assert_close(dw, stored(layer, true_dw))
+
+
+def test_second_derivatives_through_the_kernels(kind):
+    with prefer("sparse"):
+        layer = layer_of(kind, padding=1)
+        exact = copy.deepcopy(layer).double()
+        found = []
+        for module, dtype in ((layer, torch.float32), (exact, torch.float64)):
+            torch.manual_seed(1)
+            x = torch.randn(4, 6, 5, 9).to(dtype).requires_grad_()
+            parameter = module.weight_values if kind is SparseConv2d else module.weight
+            dx, dw = torch.autograd.grad(module(x).pow(2).mean(), (x, parameter), create_graph=True)
+            found.append(torch.autograd.grad(dx.pow(2).mean() + dw.pow(2).mean(), (x, parameter)))
+    for got, true in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), true)
+
+
+def test_autocast_runs_as_conv2d_does(kind):
+    layer = layer_of(kind, padding=1)
+    x = torch.randn(5, 6, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, layer.to_conv()(x))
+    y.float().sum().backward()
+    weight = layer.weight_values if kind is SparseConv2d else layer.weight
+    assert weight.grad.dtype == torch.float32
+
+
+def test_vmap_and_grad_of_torch_func(kind):
+    layer = layer_of(kind, padding=1)
+    x = torch.randn(3, 2, 6, 8, 8)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), torch.stack([layer(part) for part in x]))
+
+
+def test_the_ops_pass_opcheck(kind):
+    layer = layer_of(kind, padding=1)
+    pattern = layer._fresh_pattern()
+    weight = (layer.weight_values if kind is SparseConv2d else layer.weight).detach()
+    x, dy = torch.randn(4, 6, 5, 5, requires_grad=True), torch.randn(4, 10, 5, 5, requires_grad=True)
+    weight.requires_grad_()
+    rest = ([1, 1], [1, 1], [1, 1], 1)
+    shape = [10, 6, 3, 3]
+    own = torch.ops.initperf
+    given = (pattern.survivors, pattern.tensors, shape)
+    torch.library.opcheck(own.masked_conv2d.default, (x, weight, None, *given, *rest, False))
+    torch.library.opcheck(own.masked_conv2d_grad_input.default, (dy, weight, *given, [5, 5], *rest, False))
+    torch.library.opcheck(own.masked_conv2d_grad_weight.default, (dy, x, *given, *rest))
+
+
+def test_compiled_it_gives_the_same(kind):
+    layer = layer_of(kind, padding=1)
+    x = torch.randn(16, 6, 8, 8)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), layer(x))
+
+
+def test_a_conv2d_checkpoint_loads_and_the_mask_that_is_here_applies(kind):
+    layer, dense = layer_of(kind), nn.Conv2d(6, 10, 3)
+    layer.load_state_dict(dense.state_dict())
+    expected = dense.weight.detach().masked_fill(~layer.weight_mask, 0)
+    assert torch.equal(layer.to_conv().weight.detach(), expected)
+    assert torch.equal(layer.bias, dense.bias)
+
+
+def test_its_own_checkpoint_brings_the_mask_along(kind):
+    layer, other = layer_of(kind), layer_of(kind, density=0.5, seed=1)
+    memory = io.BytesIO()
+    torch.save(layer.state_dict(), memory)
+    memory.seek(0)
+    other.load_state_dict(torch.load(memory))
+    x = torch.randn(16, 6, 8, 8)
+    assert torch.equal(other.weight_mask, layer.weight_mask)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(kind):
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        layer_of(kind).load_state_dict(nn.Conv2d(6, 10, 5).state_dict())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_are_independent(kind, copied):
+    layer = layer_of(kind, padding=1)
+    twin, x = copied(layer), torch.randn(16, 6, 8, 8)
+    y = layer(x)
+    assert torch.equal(twin(x), y)
+    twin.set_mask(torch.zeros_like(twin.weight_mask))
+    assert torch.equal(layer(x), y)
+
+
+def test_from_conv_masked_keeps_the_parameter_and_compressed_copies_it():
+    conv = nn.Conv2d(6, 10, 3, padding=1)
+    mask = torch.rand(10, 6, 3, 3) < 0.3
+    compressed = SparseConv2d.from_conv(conv, mask)
+    assert conv.weight.all()
+    masked = MaskedConv2d.from_conv(conv, mask)
+    assert masked.weight is conv.weight
+    x = torch.randn(16, 6, 8, 8)
+    torch.testing.assert_close(masked(x), compressed(x))
+    torch.testing.assert_close(masked.to_conv()(x), compressed.to_conv()(x))
+
+
+def test_a_new_mask_revives_at_zero(kind):
+    layer = layer_of(kind, padding=1)
+    before = layer.to_conv().weight.detach()
+    layer.set_mask(~layer.weight_mask)
+    assert before.any()
+    assert not layer.to_conv().weight.any()
+    assert layer.density == pytest.approx(0.8, abs=0.1)
+
+
+def test_the_repr_names_arguments_and_density(kind):
+    text = repr(layer_of(kind, stride=2, padding=1))
+    assert "6, 10, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)" in text
+    assert "density=0." in text
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(288, 4))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_training_follows_masked_conv2d_and_keeps_the_masks(sparse, optimizer):
+    model = sparsify(small_model(), density=0.3, sparse=sparse)
+    assert [type(model[i]) for i in (0, 2)] == [SparseConv2d if sparse else MaskedConv2d] * 2
+    densities = check_masks(model)
+    steps = optimizer(model.parameters(), lr=1e-2)
+    x, y = torch.randn(20, 3, 8, 8), torch.randint(4, (20,))
+    losses = []
+    with prefer("sparse"):
+        for _ in range(8):
+            steps.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            steps.step()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert check_masks(model) == densities
+    exact = densify(copy.deepcopy(model))
+    torch.testing.assert_close(exact(x), model(x))
+    assert [type(exact[i]) for i in (0, 2)] == [nn.Conv2d] * 2
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(5, 4, 8, 8), "Expected an input .batch, 6, height, width."),
+        (torch.randn(6, 8), "Got shape"),
+        (torch.randn(5, 6, 8, 8, dtype=torch.float64), "weight's dtype"),
+        (torch.randn(5, 6, 2, 8), "at least 3 pixels"),
+        ("image", "torch.Tensor"),
+    ],
+    ids=["channels", "dimensions", "dtype", "too small", "type"],
+)
+def test_inputs_that_do_not_fit_are_refused(kind, x, message):
+    with pytest.raises(InitPerfError, match=message):
+        layer_of(kind)(x)
+
+
+def test_masks_that_do_not_fit_are_refused(kind):
+    with pytest.raises(InitPerfError, match="shape"):
+        kind(6, 10, 3, mask=torch.ones(10, 6, 3, dtype=torch.bool))
+    with pytest.raises(InitPerfError, match="dtype bool"):
+        kind(6, 10, 3, mask=torch.ones(10, 6, 3, 3))
+
+
+def test_the_choice_needs_density_lanes_and_a_kernel_that_can():
+    ours = {"kind": "masked_conv2d", "batch": 60, "out": (16, 16), "shape": (128, 128, 3, 3), "nnz": 14746}
+    ours |= {"dtype": torch.float32, "device": "cpu", "stride": (1, 1)}
+
+    def pays(**given):
+        return conv_pays(**{**ours, **given})
+
+    assert pays()
+    assert not pays(nnz=140_000)
+    assert not pays(batch=1)
+    assert not pays(dtype=torch.float64)
+    assert not pays(device="cuda")
+    assert not pays(kind="masked_conv2d_grad_input", stride=(2, 2))
