@@ -257,6 +257,83 @@ def test_a_bad_seed_is_refused_before_the_block():
         pass
 
 
+def test_a_compiled_function_samples_as_torch_does_and_leaves_the_block_working():
+    @torch.compile(backend="eager")
+    def scaled(x):
+        return nn.functional.relu(x) * 2
+
+    with fast_init(seed=1):
+        model = torch.compile(nn.Linear(30, 20), backend="eager")
+        got = model(torch.ones(2, 30))
+        scaled(torch.ones(3))
+        again = nn.Linear(30, 20)
+    with fast_init(seed=1):
+        first, second = nn.Linear(30, 20), nn.Linear(30, 20)
+    assert same(model._orig_mod, first)
+    assert same(again, second)
+    assert torch.equal(got, first(torch.ones(2, 30)))
+
+    @torch.compile(backend="eager")
+    def filled(x):
+        return nn.init.normal_(x.clone(), 1.0, 2.0)
+
+    with fast_init(seed=1):
+        x = filled(torch.zeros(4000))
+    assert abs(x.mean() - 1) < 0.2
+    assert abs(x.std() - 2) < 0.2
+    assert abs(filled(torch.zeros(4000)).std() - 2) < 0.2  # outside: what was compiled inside must not stay ours
+
+
+def test_a_model_made_on_meta_in_the_block_is_initialized_by_its_reset_outside_any():
+    with fast_init(seed=1), torch.device("meta"):
+        model = net()
+    empty = model.to_empty(device="cpu")
+    with fast_init(seed=2):
+        for module in empty.modules():
+            getattr(module, "reset_parameters", getattr(module, "_reset_parameters", lambda: None))()
+    assert all(p.isfinite().all() for p in empty.parameters())
+
+
+def test_exceptions_in_nested_blocks_and_generators_left_open_restore_everything():
+    with pytest.raises(ZeroDivisionError), fast_init(seed=1), fast_init(seed=2):
+        _ = 1 / 0
+    assert now() == OUTSIDE
+
+    def making():
+        with fast_init(seed=1):
+            yield nn.Linear(3, 3)
+
+    open_generator = making()
+    next(open_generator)
+    assert now() != OUTSIDE
+    open_generator.close()
+    assert now() == OUTSIDE
+
+    @fast_init(seed=5)
+    def decorated():
+        return nn.Linear(3, 3)
+
+    assert same(decorated(), decorated())
+
+
+def test_every_name_in_torch_is_what_it_was_after_transformers_was_used_inside_the_block():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from families import build
+
+    parts = ["init", "modules.activation", "modules.transformer", "modules.linear", "modules.conv", "modules.rnn"]
+
+    def everything():
+        return {(part, key): value for part in parts for key, value in vars(import_module(f"torch.nn.{part}")).items()}
+
+    build("Bert")
+    outside = everything()
+    for seed in (1, 2):
+        with fast_init(seed=seed):
+            build("Bert")
+    assert everything() == outside
+    assert transformers.initialization.TORCH_INIT_FUNCTIONS["normal_"] is OUTSIDE["normal_"]
+
+
 @pytest.mark.parametrize("family", ["Bert", "GPT2", "ViT", "ResNet"])
 def test_transformers_models_start_reproducibly_and_distributed_as_before(family):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
