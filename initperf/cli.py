@@ -170,8 +170,12 @@ def variance(
     ] = "default",
     activation: Annotated[str, typer.Option(help="relu, leaky_relu, tanh, gelu, selu, linear.")] = "relu",
     density: Annotated[float, typer.Option(help="Surviving fraction of every weight matrix.")] = 1.0,
-    mask: Annotated[str, typer.Option(help="What survives: random or magnitude.")] = "random",
-    rescale: Annotated[str | None, typer.Option(help="Make up for the pruned: layer, unit, squares, measured.")] = None,
+    mask: Annotated[
+        str, typer.Option(help="What survives: random, magnitude, rewound; several with commas.")
+    ] = "random",
+    rescale: Annotated[
+        str, typer.Option(help="Make up for the pruned: none, layer, unit, squares, measured; several with commas.")
+    ] = "none",
     seeds: Annotated[int, typer.Option(min=1, help="Nets to average over.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
 ) -> None:
@@ -197,8 +201,8 @@ def variance(
             init=[name for name in init.split(",") if name not in ("", "none")],
             activation=activation,
             density=density,
-            mask=mask,
-            rescale=rescale,
+            mask=[name for name in mask.split(",") if name],
+            rescale=[None if name == "none" else name for name in rescale.split(",") if name],
             seeds=seeds,
             seed=seed,
         )

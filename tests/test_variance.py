@@ -1,17 +1,16 @@
-"""Figure 7.4: measured variances against the analytic factors; and the identities of the derivation, by the kernels."""
+"""Figure 7.4: measured variances against the analytic factors, dense and pruned."""
 
 import csv
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from initperf import init, rng
 from initperf.checks import InitPerfError
-from initperf.experiments.variance import ACTIVATIONS, run_variance
-from initperf.stats import moments
+from initperf.experiments.masked_weights import MASKS, RESCALES, find_masks, prune_weights, train_briefly
+from initperf.experiments.variance import run_variance
+from initperf.experiments.variance_nets import ACTIVATIONS
 
 SEEDS = 3
 
@@ -82,6 +81,90 @@ def test_wide_layers_follow_the_analytic_variances_of_every_activation(activatio
     torch.testing.assert_close((line.backward / line.backward[:, -1:]).mean(0), back / back[-1], rtol=0.15, atol=0)
 
 
+@pytest.mark.parametrize("chosen", ["kaiming_normal", "kaiming_uniform", "xavier_normal", "lecun_normal"])
+def test_named_initializations_have_the_variances_of_their_papers(chosen):
+    result = run_variance(None, depth=12, variances=(), init=chosen, seeds=4, batch=300)
+    (row,) = result.summary()
+    factor = 0.5 if chosen == "lecun_normal" else 1.0  # 1 / fan-in; the others have the gain sqrt(2) of ReLU
+    for way in ("forward", "backward"):
+        assert row[f"{way}_factor_expected"] == pytest.approx(factor, rel=1e-9)
+        assert row[f"{way}_factor"] == pytest.approx(factor, rel=5 * math.sqrt(5 / 100 / (11 * 4)))
+
+
+def small(depth: int = 5):
+    x = normals(100 * 100, 7).view(100, 100)
+    shapes = [(100, 100)] * depth + [(1, 100)]
+    return [normals(o * i, 20 + k, math.sqrt(2 / 100)).view(o, i) for k, (o, i) in enumerate(shapes)], x
+
+
+def test_a_short_training_learns_whatever_the_size_of_the_gradients():
+    weights, x = small()
+    for size in (1.0, 1e-3):
+        start = [w * size for w in weights]
+        trained, losses = train_briefly(start, x, torch.relu, seed=0)
+        assert min(losses) == losses[-1] or losses[-1] < 0.5 * losses[0]
+        assert not torch.equal(trained[0], start[0])
+    assert losses[0] == pytest.approx(0.99, abs=1e-6)  # of an output of 0: the target has unit variance, by n - 1
+
+
+def test_rewound_masks_are_the_largest_after_training_and_leave_the_initial_values():
+    weights, x = small()
+    trained, _ = train_briefly(weights, x, torch.relu, seed=3)
+    masks = find_masks(weights, 0.2, "rewound", seed=3, x=x, activation=torch.relu)
+    pruned = prune_weights(weights, masks, None, density=0.2, x=x, activation=torch.relu)
+    other = find_masks(weights, 0.2, "magnitude", seed=3, x=x, activation=torch.relu)
+    for w, t, m, p in zip(weights, trained, masks, pruned, strict=True):
+        assert m.sum() == round(0.2 * w.numel())
+        assert t[m].abs().min() >= t[~m].abs().max()
+        assert torch.equal(p, w * m)
+    assert not all(torch.equal(m, o) for m, o in zip(masks, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    return run_variance(
+        None,
+        depth=8,
+        variances=(0.02,),
+        init=None,
+        seeds=3,
+        batch=300,
+        density=0.2,
+        mask=MASKS,
+        rescale=(None, *RESCALES),
+    )
+
+
+def test_every_mask_is_measured_with_every_rescaling(pruned):
+    assert {(line.mask, line.rescale) for line in pruned.lines} == {(m, r) for m in MASKS for r in (None, *RESCALES)}
+    rows = dict(zip([(line.mask, line.rescale) for line in pruned.lines], pruned.summary(), strict=True))
+    band = 5 * math.sqrt(8 / 100 / (7 * 3))
+    for m in MASKS:
+        for r in ("squares", "measured"):
+            assert rows[m, r]["forward_factor"] == pytest.approx(1.0, rel=band)
+        # sqrt(1 / density) on each layer multiplies the variance by 1 / density
+        assert rows[m, "layer"]["forward_factor"] == pytest.approx(5 * rows[m, None]["forward_factor"], rel=1e-9)
+    assert rows["random", "layer"]["forward_factor"] == pytest.approx(1.0, rel=band)
+    for m in ("magnitude", "rewound"):  # large weights survive, so density says too little of what is left
+        assert rows[m, "layer"]["forward_factor"] > 2
+        assert rows[m, None]["forward_factor"] == pytest.approx(rows[m, None]["forward_factor_expected"], rel=band)
+
+
+def test_measured_rescaling_gives_every_layer_the_dense_variance():
+    dense = run_variance(None, depth=6, variances=(0.02,), init=None, seeds=2, batch=200)
+    for mask in MASKS:
+        options = {"density": 0.3, "mask": mask, "rescale": "measured"}
+        scaled = run_variance(None, depth=6, variances=(0.02,), init=None, seeds=2, batch=200, **options)
+        torch.testing.assert_close(scaled.lines[0].forward, dense.lines[0].forward, rtol=1e-9, atol=0)
+
+
+def test_several_masks_make_one_picture_and_one_table(tmp_path, pruned):
+    table, picture = pruned.save(tmp_path)
+    labels = {row["init"] for row in csv.DictReader(table.open())}
+    assert len(labels) == len(pruned.lines) == 15
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_files_hold_the_table_and_a_picture(tmp_path, figure):
     table, picture = figure.save(tmp_path / "out")
     with table.open() as file:
@@ -116,74 +199,3 @@ def test_bad_arguments_write_nothing(tmp_path, wrong):
     with pytest.raises(InitPerfError, match="Expected"):
         run_variance(tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
-
-
-N = 1 << 16
-WITHIN = 6 / math.sqrt(N)  # six standard errors of a mean of unit variance
-
-seeds = st.integers(0, 2**32)
-numbers = st.floats(-100, 100)
-
-
-@settings(deadline=None, max_examples=20)
-@given(numbers)
-def test_the_mean_of_a_constant_is_the_constant(k):
-    x = torch.full((1000,), k, dtype=torch.float64)
-    assert moments(x).mean == k
-    assert moments(x).var == 0
-
-
-@settings(deadline=None, max_examples=20)
-@given(seeds, numbers)
-def test_a_factor_leaves_the_mean(seed, k):
-    g = normals(N, seed)
-    assert math.isclose(moments(k * g).mean, k * moments(g).mean, rel_tol=1e-9, abs_tol=1e-13 * abs(k))
-
-
-@settings(deadline=None, max_examples=20)
-@given(seeds)
-def test_the_mean_of_a_sum_is_the_sum_of_means(seed):
-    f, g = normals(N, seed), normals(N, seed + 1).exp()
-    assert math.isclose(moments(f + g).mean, moments(f).mean + moments(g).mean, rel_tol=1e-12)
-
-
-@settings(deadline=None, max_examples=10)
-@given(seeds)
-def test_the_mean_of_a_product_of_independents_is_the_product_of_means(seed):
-    f, g = normals(N, seed) + 2, normals(N, seed + 1) - 3
-    error = moments(f * g).mean - moments(f).mean * moments(g).mean
-    assert abs(error) < WITHIN  # the covariance of two independent unit normals
-
-
-@settings(deadline=None, max_examples=20)
-@given(seeds, st.floats(-5, 5))
-def test_the_variance_is_the_mean_square_less_the_squared_mean(seed, shift):
-    x = normals(N, seed) + shift
-    assert math.isclose(moments(x).var, moments(x * x).mean - moments(x).mean ** 2, rel_tol=1e-11)
-
-
-@settings(deadline=None, max_examples=10)
-@given(seeds)
-def test_zero_mean_weights_give_zero_mean_pre_activations_of_variance_s2_sum_of_squares(seed):
-    h, s2 = normals(200, seed).relu(), 0.03
-    f = normals(N * 4, seed + 1, math.sqrt(s2))[: 1300 * 200].view(1300, 200) @ h
-    got, want = moments(f, correction=1), s2 * float((h * h).sum())
-    assert abs(got.mean) < 6 * math.sqrt(want / 1300)
-    assert got.var == pytest.approx(want, rel=6 * math.sqrt(2 / 1300))
-
-
-@settings(deadline=None, max_examples=10)
-@given(seeds, st.floats(0.1, 10))
-def test_the_mean_square_after_relu_is_half_the_variance(seed, std):
-    f = normals(N, seed, std)
-    assert moments(f.relu()).raw(2) == pytest.approx(std**2 / 2, rel=WITHIN * math.sqrt(5))
-
-
-@settings(deadline=None, max_examples=5)
-@given(seeds)
-def test_backward_weights_of_two_by_fan_out_keep_the_variance_of_gradients(seed):
-    fan_out, fan_in = 400, 650
-    weight = normals(N * 4, seed, math.sqrt(2 / fan_out))[: fan_out * fan_in].view(fan_out, fan_in)
-    f, upstream = normals(50 * fan_in, seed + 1).view(50, fan_in), normals(50 * fan_out, seed + 2).view(50, fan_out)
-    gradient = (f > 0) * (upstream @ weight)
-    assert moments(gradient).var == pytest.approx(1.0, rel=6 * math.sqrt(5 / (50 * fan_out)))

@@ -10,9 +10,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +25,10 @@ from initperf.checks import check, check_seed
 from initperf.files import make_folder, write_atomically
 from initperf.stats import moments
 
-from .masked_weights import kept_share, prune_weights
+from .masked_weights import find_masks, kept_share, prune_weights
+from .variance_nets import ACTIVATIONS, LABELS, SCHEMES, draw_weight, expected_variances, gaussian_means
 
 VARIANCES = (0.001, 0.01, 0.02, 0.1, 1.0)
-LEAK = 0.01
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "leaky_relu": partial(functional.leaky_relu, negative_slope=LEAK),
-    "tanh": torch.tanh,
-    "gelu": functional.gelu,
-    "selu": functional.selu,
-    "linear": lambda x: x,
-}
-# name: (variance of a weight from fan-in, fan-out, gain; what fills it)
-SCHEMES: dict[str, tuple[Callable[[int, int, float], float], Callable[..., Any]]] = {
-    "default": (lambda i, o, g: 1 / (3 * i), lambda w, g, **k: initializers.kaiming_uniform_(w, a=math.sqrt(5), **k)),
-    "kaiming_normal": (lambda i, o, g: g * g / i, lambda w, g, **k: _normal(w, g / math.sqrt(w.shape[1]), **k)),
-    "kaiming_uniform": (lambda i, o, g: g * g / i, lambda w, g, **k: _uniform(w, g * math.sqrt(3 / w.shape[1]), **k)),
-    "xavier_normal": (lambda i, o, g: g * g * 2 / (i + o), lambda w, g, **k: initializers.xavier_normal_(w, g, **k)),
-    "xavier_uniform": (lambda i, o, g: g * g * 2 / (i + o), lambda w, g, **k: initializers.xavier_uniform_(w, g, **k)),
-    "lecun_normal": (lambda i, o, g: 1 / i, lambda w, g, **k: _normal(w, 1 / math.sqrt(w.shape[1]), **k)),
-}
-LABELS = {"default": "PyTorch's default"}
-
-
-def _normal(w: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    return initializers.normal_(w, 0.0, std, generator=generator)
-
-
-def _uniform(w: Tensor, bound: float, generator: torch.Generator) -> Tensor:
-    return initializers.uniform_(w, -bound, bound, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -68,6 +40,8 @@ class Line:
     backward: Tensor
     forward_expected: list[float]
     backward_expected: list[float]
+    mask: str = "random"
+    rescale: str | None = None
 
     def factors(self) -> tuple[float, float]:
         """The mean factor from a layer to the next, over seeds and layers: forward, and backward (towards the input)."""
@@ -141,16 +115,16 @@ def run_variance(
     init: str | Sequence[str] | None = "default",
     activation: str = "relu",
     density: float = 1.0,
-    mask: str = "random",
-    rescale: str | None = None,
+    mask: str | Sequence[str] = "random",
+    rescale: str | None | Sequence[str | None] = None,
     seeds: int = 5,
     seed: int = 0,
 ) -> VarianceResult:
     """Measure the variances of every layer for weights of each of `variances`, and for the named initializations.
 
     depth: hidden layers of `width` units; `batch` inputs of `inputs` dimensions; the means are over `seeds` nets.
-    density, mask, rescale: prune every weight matrix first, see `prune_weights`. Writes variance.csv and variance.png
-    to `out`, unless it is None.
+    density, mask, rescale: prune every weight matrix first, see `find_masks` and `prune_weights`; several of each are all
+    combined. Writes variance.csv and variance.png to `out`, unless it is None.
     """
     for name, value, least in (("depth", depth, 2), ("width", width, 1), ("inputs", inputs, 1), ("batch", batch, 2)):
         check(isinstance(value, int) and value >= least, f"{name} to be an int of at least {least}", value)
@@ -163,14 +137,20 @@ def run_variance(
         check(name in SCHEMES, f"init to be one of {', '.join(SCHEMES)}", repr(name))
     check(activation in ACTIVATIONS, f"activation to be one of {', '.join(ACTIVATIONS)}", repr(activation))
     check(bool(names or variances), "at least one variance or one init", "none")
-    kept = kept_share(density, mask, rescale)
+    masks = [mask] if isinstance(mask, str) else list(mask)
+    rescales = [rescale] if rescale is None or isinstance(rescale, str) else list(rescale)
+    check(bool(masks and rescales), "at least one mask and one rescale", "none")
+    kept = {(m, r): kept_share(density, m, r) for m in masks for r in rescales}
+    if density == 1:
+        kept = {(masks[0], None): 1.0}
     if out is not None:
         make_folder(out)
 
     config = dict(depth=depth, width=width, inputs=inputs, batch=batch, activation=activation, density=density)
-    config |= dict(mask=mask, rescale=rescale, seeds=seeds, seed=seed)
+    config |= dict(mask=masks, rescale=rescales, seeds=seeds, seed=seed)
     shapes = [(width, inputs), *[(width, width)] * (depth - 1), (1, width)]
-    gain = 1 / math.sqrt(_gaussian_means(activation, 1.0)[0])
+    gain = 1 / math.sqrt(gaussian_means(activation, 1.0)[0])
+    function = ACTIVATIONS[activation]
     lines = []
     choices: list[float | str] = [*variances, *names]
     for chosen in choices:
@@ -180,7 +160,8 @@ def run_variance(
         else:
             label = f"{chosen:g} = 2 / {width}" if math.isclose(chosen, 2 / width) else f"{chosen:g}"
             expected = [chosen] * len(shapes)
-        forward, backward = [], []
+        found: dict[tuple[str, str | None], list[tuple[Tensor, Tensor]]] = {key: [] for key in kept}
+        squares = {key: torch.zeros(len(shapes), dtype=torch.float64) for key in kept}
         for net in range(seed, seed + seeds):
             x = initializers.sample_into(
                 torch.empty(batch, inputs, dtype=torch.float64),
@@ -188,16 +169,17 @@ def run_variance(
                 seed=net,
                 stream=rng.stream_of("input"),
             )
-            weights = [_weight(chosen, shape, k, net, gain) for k, shape in enumerate(shapes)]
-            if density < 1:
-                weights = prune_weights(
-                    weights, density, mask, rescale, seed=net, x=x, activation=ACTIVATIONS[activation]
-                )
-            ahead, back = layer_variances(weights, x, activation)
-            forward.append(ahead)
-            backward.append(back)
-        predicted = expected_variances([v * kept for v in expected], shapes, activation)
-        lines.append(Line(label, torch.stack(forward), torch.stack(backward), *predicted))
+            dense = [draw_weight(chosen, shape, k, net, gain) for k, shape in enumerate(shapes)]
+            survivors = {m: find_masks(dense, density, m, seed=net, x=x, activation=function) for m in masks}
+            for m, r in kept:
+                weights = prune_weights(dense, survivors[m], r, density=density, x=x, activation=function)
+                found[m, r].append(layer_variances(weights, x, activation))
+                squares[m, r] += torch.stack([w.square().mean() for w in weights]) / seeds
+        for (m, r), share in kept.items():
+            left = squares[m, r].tolist() if share is None else [v * share for v in expected]
+            both = [torch.stack(way) for way in zip(*found[m, r], strict=True)]
+            several = f", {m}, {'rescaled by ' + r if r else 'not rescaled'}" if len(kept) > 1 else ""
+            lines.append(Line(label + several, *both, *expected_variances(left, shapes, activation), m, r))
     result = VarianceResult(lines, config)
     if out is not None:
         result.save(out)
@@ -215,49 +197,3 @@ def layer_variances(weights: Sequence[Tensor], x: Tensor, activation: str) -> tu
         hidden = layers[:-1]
         gradients = torch.autograd.grad(a.square().sum(), hidden)
     return moments(hidden, order=2).var, moments(gradients, order=2).var
-
-
-def expected_variances(
-    variances: Sequence[float], shapes: Sequence[tuple[int, int]], activation: str
-) -> tuple[list[float], list[float]]:
-    """The analytic variances of f_k and dl/df_k for wide layers whose weights have `variances`.
-
-    Forward, var f_k = fan-in s2_k E[a(f_(k-1))^2]; backward, var dl/df_k = fan-out s2_(k+1) E[a'(f_k)^2] var dl/df_(k+1),
-    from dl/dy = 2 y. The expectations are over a normal f: for ReLU var f / 2 and 1 / 2.
-    """
-    forward, slopes, square = [], [], 1.0
-    for s2, (_, fan_in) in zip(variances, shapes, strict=True):
-        forward.append(fan_in * s2 * square)
-        square, slope = _gaussian_means(activation, forward[-1])
-        slopes.append(slope)
-    back, backward = 4 * forward[-1], []
-    for k in range(len(shapes) - 1, 0, -1):
-        back *= shapes[k][0] * variances[k] * slopes[k - 1]
-        backward.append(back)
-    return forward[:-1], backward[::-1]
-
-
-@cache
-def _gaussian_means(activation: str, variance: float) -> tuple[float, float]:
-    """E[a(z)^2] and E[a'(z)^2] for normal z of `variance`, by the trapezoidal rule with a node at the kink, 0."""
-    if activation in ("relu", "leaky_relu", "linear"):
-        low = {"relu": 0.0, "leaky_relu": LEAK, "linear": 1.0}[activation]
-        share = (1 + low * low) / 2
-        return share * variance, share
-    t = torch.linspace(-10, 10, 20001, dtype=torch.float64)
-    z = (t * math.sqrt(variance)).requires_grad_()
-    with torch.enable_grad():
-        a = ACTIVATIONS[activation](z)
-        (slope,) = torch.autograd.grad(a.sum(), z)
-    weight = torch.exp(-t * t / 2)
-    weight /= weight.sum()
-    return float((weight * a.detach() ** 2).sum()), float((weight * slope**2).sum())
-
-
-def _weight(chosen: float | str, shape: tuple[int, int], k: int, seed: int, gain: float) -> Tensor:
-    weight = torch.empty(shape, dtype=torch.float64)
-    stream = rng.stream_of(f"layers.{k}.weight")
-    if isinstance(chosen, str):
-        generator = torch.Generator().manual_seed((stream ^ seed) >> 1)
-        return SCHEMES[chosen][1](weight, gain, generator=generator)
-    return initializers.sample_into(weight, rng.normal(0, math.sqrt(chosen)), seed=seed, stream=stream)

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 if TYPE_CHECKING:
-    from .variance import VarianceResult
+    from .variance import Line, VarianceResult
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart; the markers differ as well.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#555555", "#CC79A7", "#B8860B")
@@ -36,24 +36,29 @@ STYLE: Any = {
 
 
 def png(result: VarianceResult) -> bytes:
-    """The figure of `result`, 2,100 pixels wide."""
+    """The figure of `result`, 2,100 pixels wide; of several masks, one below the other."""
+    c = result.config
+    masks = list(dict.fromkeys(line.mask for line in result.lines))
+    rows = [[line for line in result.lines if line.mask == mask] for mask in masks]
     with rc_context(STYLE):
-        figure = Figure(figsize=(14, 6.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _panel(left, result, "forward")
-        _panel(right, result, "backward")
-        c = result.config
+        figure = Figure(figsize=(14, 1.6 + 4.8 * len(rows)), layout="constrained")
+        panels = figure.subplots(len(rows), 2, squeeze=False)
+        for mask, lines, (left, right) in zip(masks, rows, panels, strict=True):
+            above = f"{mask} masks. " if len(rows) > 1 else ""
+            _panel(left, lines, c["depth"], "forward", above)
+            _panel(right, lines, c["depth"], "backward", above)
         what = (
             f"{c['depth']} hidden layers of {c['width']} units, {NAMES.get(c['activation'], c['activation'])}, biases 0"
         )
         if c["density"] < 1:
-            how = f"rescaled by {c['rescale']}" if c["rescale"] else "not rescaled"
-            what += f"; {c['mask']} masks, density {c['density']:g}, {how}"
+            scaled = {line.rescale for line in result.lines}
+            how = "" if len(scaled) > 1 else f", rescaled by {scaled.pop()}" if scaled != {None} else ", not rescaled"
+            what += f"; {masks[0] + ' ' if len(masks) == 1 else ''}masks, density {c['density']:g}{how}"
         figure.suptitle(f"Variance through the layers at initialization: {what}", fontsize=16, weight="bold")
         nets = f"mean of {c['seeds']} nets, from least to greatest shaded" if c["seeds"] > 1 else "one net"
         handles = [
-            Line2D([], [], color=COLOURS[i % 8], marker=MARKERS[i % 8], label=line.label)
-            for i, line in enumerate(result.lines)
+            Line2D([], [], color=COLOURS[i % 8], marker=MARKERS[i % 8], label=_named(line.label, masks))
+            for i, line in enumerate(rows[0])
         ]
         styles = [
             Line2D([], [], color="#333333", label=f"measured: {nets}"),
@@ -66,11 +71,15 @@ def png(result: VarianceResult) -> bytes:
     return data.getvalue()
 
 
-def _panel(axes: Axes, result: VarianceResult, way: str) -> None:
-    depth = result.config["depth"]
+def _named(label: str, masks: list[str]) -> str:
+    """A line's label without its mask, where every mask has panels of its own."""
+    return label.replace(f", {masks[0]}", "") if len(masks) > 1 else label
+
+
+def _panel(axes: Axes, lines: list[Line], depth: int, way: str, above: str) -> None:
     layers = range(1, depth + 1)
     low, high = math.inf, -math.inf
-    for i, line in enumerate(result.lines):
+    for i, line in enumerate(lines):
         seen, expected = getattr(line, way), getattr(line, f"{way}_expected")
         colour, marker = COLOURS[i % 8], MARKERS[i % 8]
         # log10 of the values, so that 1e-300 and 1e300 fit one axis
@@ -82,9 +91,12 @@ def _panel(axes: Axes, result: VarianceResult, way: str) -> None:
         axes.plot(layers, logs, color="#222222", linestyle=(0, (4, 3)), linewidth=1.3)
         low, high = min(low, float(band[0].min()), *logs), max(high, float(band[1].max()), *logs)
     axes.set_title(
-        r"Forward: variance of the pre-activations $f_k$"
-        if way == "forward"
-        else r"Backward: variance of the gradients $\partial\ell/\partial f_k$"
+        above
+        + (
+            r"Forward: variance of the pre-activations $f_k$"
+            if way == "forward"
+            else r"Backward: variance of the gradients $\partial\ell/\partial f_k$"
+        )
     )
     axes.set_xlabel("hidden layer k" + ("" if way == "forward" else "    (the gradient travels from right to left)"))
     axes.set_ylabel("variance (log axis)")
