@@ -231,7 +231,8 @@ def attach_masks(tasks: list[Task], masks: Mapping[str, Tensor], rescale: str | 
         check(names.count(name) == 1, f"one mask for {name}", names.count(name))
         check_mask(mask, known[name].shape, f"masks[{name!r}]")
         check(known[name].bits is None, f"no mask for {name}, a compressed weight, which has its own", "one")
-        known[name].mask, known[name].given = mask, True
+        memory = known[name].memory
+        known[name].mask, known[name].given = mask if memory.is_meta else mask.to(memory.device), True
     for task in tasks:
         own = None if task.bits is not None else _attribute(task.place.module, f"{task.place.leaf}_mask")
         if not task.given and isinstance(own, Tensor) and tuple(own.shape) == task.shape and not own.is_meta:
