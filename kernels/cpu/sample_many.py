@@ -149,25 +149,20 @@ def _counted(plan: Any, starts: Any) -> None:
 
 
 @jit()
-def _serial(plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, starts: Any, records: Any, result: Any) -> None:
-    _counted(plan, starts)
-    _share(plan, sizes, k0, k1, large, int64(0), plan[-1, FIRST_BLOCK], starts, records)
-    if len(records):
-        _combined(plan, records, result)
+def _part(
+    plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, part: Any, parts: Any, starts: Any, records: Any
+) -> None:
+    """One of `parts` shares of equal cost."""
+    total = plan[-1, FIRST_COST]
+    begin = _block_at(plan, total * part // parts) if part else int64(0)
+    end = _block_at(plan, total * (part + 1) // parts) if part + 1 < parts else plan[-1, FIRST_BLOCK]
+    _share(plan, sizes, k0, k1, large, begin, end, starts, records)
 
 
 @jit(parallel=True)
-def _parallel(
-    plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, chunks: Any, starts: Any, records: Any, result: Any
-) -> None:
-    _counted(plan, starts)
-    total = plan[-1, FIRST_COST]
-    for c in prange(chunks):
-        begin = _block_at(plan, total * c // chunks)
-        end = plan[-1, FIRST_BLOCK] if c + 1 == chunks else _block_at(plan, total * (c + 1) // chunks)
-        _share(plan, sizes, k0, k1, large, begin, end, starts, records)
-    if len(records):
-        _combined(plan, records, result)
+def _parallel(plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, parts: Any, starts: Any, records: Any) -> None:
+    for part in prange(parts):
+        _part(plan, sizes, k0, k1, large, int64(part), parts, starts, records)
 
 
 @lru_cache(maxsize=4096)
@@ -218,14 +213,19 @@ def sample_many_(
         plan[:-1, :FIRST_BLOCK] = rows
     _planned(plan)
     blocks = int(plan[-1, FIRST_BLOCK])
-    result = torch.empty((2, len(outs) if moments else 0), dtype=torch.float64, device="cpu")
     records = np.empty((blocks if moments else 0, 3))
     starts = np.empty(blocks if plan[:, BITS].any() else 0, np.int64)
     words = seed & 0xFFFFFFFF, seed >> 32
     large = sum(out.nbytes for out in outs) >= _LARGE
+    if len(starts):
+        _counted(plan, starts)
     count = threads() if plan[-1, FIRST_COST] >= _PARALLEL else 1
     if count > 1:
-        _parallel(plan, _SIZES, *words, large, 8 * count, starts, records, result.numpy())
+        _parallel(plan, _SIZES, *words, large, 8 * count, starts, records)
     else:
-        _serial(plan, _SIZES, *words, large, starts, records, result.numpy())
-    return result if moments else None
+        _part(plan, _SIZES, *words, large, 0, 1, starts, records)
+    if not moments:
+        return None
+    result = torch.empty((2, len(outs)), dtype=torch.float64, device="cpu")
+    _combined(plan, records, result.numpy())
+    return result
