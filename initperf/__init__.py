@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from initperf.sparse import SparseLinear
     from initperf.stats import moments
     from initperf.ticket import Ticket
+    from initperf.verdicts import check_init
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Ticket",
     "TicketSearch",
     "VarianceMonitor",
+    "check_init",
     "check_masks",
     "densify",
     "describe",
@@ -53,6 +55,7 @@ _HOMES = {
     "Ticket": "ticket",
     "TicketSearch": "search",
     "VarianceMonitor": "monitor",
+    "check_init": "verdicts",
     "check_masks": "convert",
     "densify": "convert",
     "describe": "explain",

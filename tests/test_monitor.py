@@ -41,6 +41,7 @@ def definition(model: nn.Sequential, x: torch.Tensor) -> dict[str, float]:
 
 
 def _calls(monitor: VarianceMonitor, layer: str, what: str) -> int:
+    monitor._flush()
     return sum((layer, what) in keys for keys, _ in monitor._current.blocks)
 
 

@@ -1,0 +1,182 @@
+"""Verdicts: what a lecturer would say of a network's variances, with the remedy; `check_init` asks before training."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checks import InitPerfRuntimeError, InitPerfTypeError, fail
+from .layer_trace import tensors_in
+from .monitor import VarianceMonitor
+from .records import BACKWARD, FORWARD, Key, Reading
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+# Threshold: why. A growth is that of the least-squares line through the logarithms, over all layers.
+THRESHOLDS: dict[str, tuple[float, str]] = {
+    "variance a layer": (1.6, "He's rule gives 1.0; GELU under it falls by up to 2 only where its input is small"),
+    "variance in all": (
+        100.0,
+        "a standard deviation ten times too large or small at the last layer; float16 holds 65504",
+    ),
+    "gradient in all": (1e4, "gradients 100 times smaller at one end: no one learning rate suits all layers"),
+    "std ratio": (1.2, "outside it the weights are called too large or small: Xavier and He differ by 1.41"),
+    "dead": (
+        0.55,
+        "half of a deep ReLU network's units are inactive for a whole batch at init, since inputs grow alike",
+    ),
+    "samples": (16, "of fewer inputs a healthy unit may see none that it likes"),
+    "tanh": (2.0, "rms of pre-activations; there tanh's derivative is below 0.4 for three inputs of four"),
+    "sigmoid": (
+        5.0,
+        "rms of pre-activations; there sigmoid's derivative is a tenth of its largest for half of the inputs",
+    ),
+    "input mean": (3.0, "|mean| / std of the inputs: images in [0, 1] have 0.4 to 2"),
+    "input rms": (20.0, "rms of the inputs, or its inverse: standardized inputs have 1"),
+    "output rms": (5.0, "cross-entropy then starts far above log(classes): a softmax of such logits is nearly one-hot"),
+    "spectral radius": (1.3, "of recurrent weights: over 20 steps 1.3 makes 190; orthogonal has 1"),
+    "update ratio": (0.2, "update / weight of the median layer: about 1e-3 is usual, Adam's first steps reach 0.1"),
+}
+_FEW = 4  # layers a growth needs
+
+
+class Verdict(NamedTuple):
+    """One fault: its name, where, what was seen, and what to do."""
+
+    fault: str
+    layer: str
+    text: str
+    remedy: str
+
+
+class Verdicts:
+    """What is wrong, as a list; true where there is something. str() is a plain table; Jupyter shows it as one."""
+
+    def __init__(self, found: list[Verdict], readings: dict[Key, Reading], order: list[str]) -> None:
+        self.found, self.readings, self.order = found, readings, order
+
+    @property
+    def faults(self) -> list[str]:
+        """Names of the faults, each once."""
+        return list(dict.fromkeys(v.fault for v in self.found))
+
+    def __bool__(self) -> bool:
+        return bool(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __iter__(self) -> Iterator[Verdict]:
+        return iter(self.found)
+
+    def table(self) -> Table:
+        """For rich."""
+        from rich.table import Table
+
+        table = Table("fault", "layer", "what is seen", "remedy", title=None if self.found else "nothing wrong is seen")
+        for verdict in self.found:
+            table.add_row(*verdict)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=140, no_color=True).print(self.table())
+        return out.getvalue().rstrip()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        if not self.found:
+            return "<p>nothing wrong is seen</p>"
+        rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in verdict) for verdict in self.found)
+        head = "".join(f"<th>{name}</th>" for name in ("fault", "layer", "what is seen", "remedy"))
+        return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+
+    def figure(self) -> Figure:
+        """Variance of pre-activations and of their gradients, by layer, on a logarithmic scale."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(5, 0.3 * len(self.order)), 4), layout="constrained")
+        axes = figure.subplots()
+        for what, label in ((FORWARD, "pre-activations"), (BACKWARD, "their gradients")):
+            points = [(i, self.readings[n, what].var) for i, n in enumerate(self.order) if (n, what) in self.readings]
+            points = [(i, v) for i, v in points if v > 0 and math.isfinite(v)]
+            if points:
+                axes.semilogy(*zip(*points, strict=True), marker="o", label=label)
+        axes.set_xticks(range(len(self.order)), self.order, rotation=90)
+        axes.set(xlabel="layer", ylabel="variance")
+        axes.legend()
+        return figure
+
+
+def judge(monitor: VarianceMonitor) -> Verdicts:
+    """Verdicts on what a monitor last measured. Waits for the device."""
+    from .faults import Evidence, find
+
+    evidence = Evidence.of(monitor)
+    return Verdicts(find(evidence), evidence.readings, evidence.order)
+
+
+def check_init(
+    model: nn.Module,
+    sample_input: Any,
+    target: Tensor | None = None,
+    loss: Callable[..., Tensor] | None = None,
+) -> Verdicts:
+    """One forward and backward pass before training, and the verdicts on it. The model is left exactly as it was.
+
+    sample_input: a batch (of 16 inputs or more): a tensor, a tuple of arguments or a dict of keyword arguments.
+    loss(output, target), or loss(output) without target; with a target alone cross-entropy (classes) or mean squares;
+    with neither, the mean over the batch of a fixed random projection of the outputs, whose gradients have variance 1.
+    """
+    if not isinstance(model, nn.Module):
+        fail("model to be a torch.nn.Module", type(model).__name__, kind=InitPerfTypeError)
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    monitor = VarianceMonitor(model)
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    kept = [(b, b.detach().clone()) for b in model.buffers()]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.random.fork_rng(devices), torch.enable_grad(), monitor:
+        try:
+            output = _call(model, sample_input)
+            value = _loss(output, target, loss)
+            if not value.requires_grad:
+                fail("a loss that depends on a parameter", "one without a gradient", kind=InitPerfRuntimeError)
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        finally:
+            with torch.no_grad():
+                for buffer, before in kept:
+                    buffer.copy_(before)
+        monitor.step({p: g for p, g in zip(parameters, gradients, strict=True) if g is not None})
+        return judge(monitor)
+
+
+def _call(model: nn.Module, sample: Any) -> Any:
+    if isinstance(sample, dict) or hasattr(sample, "keys"):
+        return model(**sample)
+    return model(*sample) if isinstance(sample, tuple) else model(sample)
+
+
+def _loss(output: Any, target: Tensor | None, loss: Callable[..., Tensor] | None) -> Tensor:
+    if loss is not None:
+        return loss(output) if target is None else loss(output, target)
+    first = next((t for t in tensors_in(output) if t.requires_grad), None)
+    if first is None:
+        fail("the model to return a tensor with a gradient, or a loss that does", type(output).__name__)
+    if target is None:
+        direction = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
+        return (first * direction.to(first)).sum() / max(first.shape[0] if first.dim() else 1, 1)
+    if target.is_floating_point():
+        return nn.functional.mse_loss(first, target)
+    return nn.functional.cross_entropy(first.flatten(0, -2), target.flatten())
