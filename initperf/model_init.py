@@ -86,7 +86,8 @@ def initialize(
     module) that returns such a name, an Init, a Distribution, a number, or None for the class's own. Named schemes mean
     weights of two and more dimensions; biases get 0, norms 1 and 0, embeddings N(0, 1) (gpt2, timm, trunc_normal: std 0.02).
     rules: {glob of names: scheme}; the last glob that matches a name counts, and one that matches none raises.
-    masks: {name: bool tensor}: zeros where False; layers with a mask of their own (MaskedLinear) keep to it. rescale:
+    masks: {name: bool tensor}: zeros where False; layers with a mask of their own (MaskedLinear) keep to it. A
+    compressed layer (weight_values, weight_mask_bits, weight_shape) gets the survivors of its dense values, alone. rescale:
     "layer", "unit", "squares" or "measured" scale masked weights (initperf/rescale.py); sample: for "measured", the
     model's input (a tensor, or a tuple of arguments). stats: measure mean and variance of each parameter.
     device: where parameters of the meta device are made; the CPU if not given. seed: drawn from torch's if not given.
