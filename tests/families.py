@@ -17,7 +17,8 @@ SEQUENCE = {
 }
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-# what the schemes among describe's candidates were completed with (T5's queries, CLIP's projections, sinusoids, equal rows)
+# looked at while describe was written: after them candidates were added (T5's queries, sinusoids, equal rows), and the choice
+# among schemes that fit (initperf/posterior.py) got its shares and stacks
 SEEN = {
     "Bert": ("Model", TEXT),
     "Roberta": ("Model", TEXT),
@@ -35,7 +36,8 @@ SEEN = {
     "Swin": ("Model", {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "image_size": 64}),
     "ConvNext": ("Model", {"hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2}),
 }
-# run for the first time when all of describe was written
+# run for the first time when candidates, limits and that choice were written; what came later is the explanation by training, for
+# models that hold trained tensors, which changed none of their counts
 UNSEEN = {
     "Pegasus": ("Model", SEQUENCE),
     "MPNet": ("Model", TEXT),

@@ -2,8 +2,9 @@
 
 Three sets, none of which shares a model with another:
 - FIT: torch.nn's own classes. The limits (initperf/fit.py) are what a true scheme fails once in 10,000 tensors, and hold here.
-- SEEN: families of transformers after which schemes were added to the candidates; no limit was changed for them.
-- UNSEEN: families that were run for the first time when all was written.
+- SEEN: families of transformers after which candidates were added and the choice among fitting schemes was made; no limit was
+  changed for them.
+- UNSEEN: families that were run for the first time after that (tests/families.py says what was changed later).
 """
 
 import math
