@@ -35,7 +35,8 @@ LAYERS = {
     "masked": (MaskedLinear, "masked_linear", "masked_grad_weight"),
     "sparse": (SparseLinear, "sparse_linear", "sparse_grad_values"),
 }
-CASES = [(*row, storage) for row in ROWS + CHART for storage in LAYERS]
+CASES = [(*row, "auto", storage) for row in ROWS + CHART for storage in LAYERS]
+FORCED = [(*row, "sparse", storage) for row in CHART if row[-1] < choice.MOST for storage in LAYERS]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,15 +58,15 @@ def survivors(layer: nn.Module) -> int:
     return int(layer.weight_mask.sum())
 
 
-@pytest.mark.parametrize(("batch", "inputs", "outputs", "density", "storage"), CASES)
-def test_forward(versus, batch, inputs, outputs, density, storage):
+@pytest.mark.parametrize(("batch", "inputs", "outputs", "density", "mode", "storage"), CASES + FORCED)
+def test_forward(versus, batch, inputs, outputs, density, mode, storage):
     layer, dense = pair(inputs, outputs, density, storage)
     x = torch.randn(batch, inputs)
 
     def check():
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
 
-    with torch.no_grad():
+    with torch.no_grad(), choice.prefer(mode):
         versus(
             lambda: layer(x),
             {"dense": lambda: dense(x)},
@@ -73,13 +74,14 @@ def test_forward(versus, batch, inputs, outputs, density, storage):
             group=f"{storage} forward {batch} x {inputs} -> {outputs}",
             flops=2 * batch * survivors(layer),
             density=density,
+            mode=mode,
             budget=0.4,
             backend=backend(LAYERS[storage][1], lambda: layer(x)),
         )
 
 
-@pytest.mark.parametrize(("batch", "inputs", "outputs", "density", "storage"), CASES)
-def test_step(versus, batch, inputs, outputs, density, storage):
+@pytest.mark.parametrize(("batch", "inputs", "outputs", "density", "mode", "storage"), CASES + FORCED)
+def test_step(versus, batch, inputs, outputs, density, mode, storage):
     layer, dense = pair(inputs, outputs, density, storage)
     x, dy = torch.randn(batch, inputs, requires_grad=True), torch.randn(batch, outputs)
     parameter = "weight" if storage == "masked" else "weight_values"
@@ -97,16 +99,18 @@ def test_step(versus, batch, inputs, outputs, density, storage):
         wanted = dense_dw.masked_fill(~mask, 0) if storage == "masked" else dense_dw[mask][:, None]
         torch.testing.assert_close(dw, wanted, rtol=1e-4, atol=1e-3)
 
-    versus(
-        lambda: step(layer, parameter),
-        {"dense": lambda: step(dense, "weight")},
-        check=check,
-        group=f"{storage} step {batch} x {inputs} -> {outputs}",
-        flops=6 * batch * survivors(layer),
-        density=density,
-        budget=0.4,
-        backend=backend(LAYERS[storage][2], lambda: step(layer, parameter)),
-    )
+    with choice.prefer(mode):
+        versus(
+            lambda: step(layer, parameter),
+            {"dense": lambda: step(dense, "weight")},
+            check=check,
+            group=f"{storage} step {batch} x {inputs} -> {outputs}",
+            flops=6 * batch * survivors(layer),
+            density=density,
+            mode=mode,
+            budget=0.4,
+            backend=backend(LAYERS[storage][2], lambda: step(layer, parameter)),
+        )
 
 
 MODELS = {"MLP 4 x 4096": ((4096,) * 5, 256), "LeNet-300-100": ((784, 300, 100, 10), 60)}
