@@ -54,28 +54,24 @@ def multiply_row(
             ]
 
         zeros = [_zero(element)] * wide
-        loop_end, first_j = n, None
-        start = zeros
+        begins = builder.icmp_signed("!=", fresh, ir.Constant(fresh.type, 0))
+        start, first_j = [builder.select(begins, splat(builder, first), _zero(element))] * wide, None
         if wide < 8:  # multiply-adds take four cycles, two a cycle: eight chains at least
-            even = builder.and_(n, ir.Constant(_I64, -2))
-            pairs = Loop(builder, even, zeros * 2, stride=2)
+            first_j = builder.and_(n, ir.Constant(_I64, -2))
+            pairs = Loop(builder, first_j, start + zeros, stride=2)
             odd = survivor(builder.add(pairs.j, ir.Constant(_I64, 1)), pairs.carried[wide:])
             pairs.end(survivor(pairs.j, pairs.carried[:wide]) + odd)
             start = [builder.fadd(a, b) for a, b in zip(pairs.carried[:wide], pairs.carried[wide:], strict=True)]
-            first_j = even
-        loop = Loop(builder, loop_end, start, first=first_j)
+        loop = Loop(builder, n, start, first=first_j)
         loop.end(survivor(loop.j, loop.carried))
-        totals = loop.carried
-        is_first = builder.icmp_signed("!=", fresh, ir.Constant(fresh.type, 0))
-        with builder.if_else(is_first) as (then, otherwise):
+        with builder.if_else(begins) as (then, otherwise):
             with then:
-                line = splat(builder, first)
-                for v in range(wide):
-                    store_vector(builder, builder.fadd(line, totals[v]), out, v * LANES, 64)
-            with otherwise:
-                for v in range(wide):
+                for v, total in enumerate(loop.carried):
+                    store_vector(builder, total, out, v * LANES, 64)
+            with otherwise:  # a block's sum is made alone, and then added: as exact as dense blocking
+                for v, total in enumerate(loop.carried):
                     before = vector_at(builder, out, v * LANES, element, 64)
-                    store_vector(builder, builder.fadd(before, totals[v]), out, v * LANES, 64)
+                    store_vector(builder, builder.fadd(before, total), out, v * LANES, 64)
         return ctx.get_dummy_value()
 
     signature = types.void(width, step, offsets, values, x, sums, types.int64, x.dtype, types.int64)
