@@ -61,8 +61,8 @@ def find(e: Evidence) -> list[Verdict]:
         return same
     inputs, units = unscaled_inputs(e), dead_units(e)
     recurrent, saturated_units = recurrence(e), saturated(e)
-    flow = [] if units or saturated_units else variance(e) or gradients(e)
-    output = [] if flow or inputs else large_output(e)
+    flow = [] if units or saturated_units else variance(e) or gradients(e) or he_for_tanh(e)
+    output = [] if flow or inputs or saturated_units else large_output(e)
     return [*inputs, *units, *saturated_units, *recurrent, *flow, *output, *without_gradient(e), *updates(e)]
 
 
@@ -182,6 +182,24 @@ def gradients(e: Evidence) -> list[Verdict]:
         return [Verdict("gradient vanishes", where, text, _remedy(e, hidden))]
     text = f"gradient explodes towards the input: {1 / growth:.2g}x its square a layer{_weights_say(e, hidden)}"
     return [Verdict("gradient explodes", hidden[0], text, _remedy(e, hidden))]
+
+
+def he_for_tanh(e: Evidence) -> list[Verdict]:
+    """It shows in no growth: tanh's bend bounds the variance at 0.5 and not 0.1, and gradients fall less evenly."""
+    hidden = [n for n in e.order[:-1] if e.activations.get(n) in SATURATING]
+    ratio = statistics.median([e.std_ratio(n) for n in hidden] or [1.0])
+    if len(hidden) < _FEW or _outside(ratio / math.sqrt(2), limit("He for tanh")):
+        return []
+    activation = _rule(e, hidden)[0]
+    text = f"weights' std is {ratio:.2f}x Xavier's: He's rule, which is ReLU's, before {activation}"
+    return [
+        Verdict(
+            "He for tanh",
+            f"{hidden[0]} to {hidden[-1]}",
+            text,
+            f"Xavier's std: multiply the weights by {1 / ratio:.2f}",
+        )
+    ]
 
 
 def large_output(e: Evidence) -> list[Verdict]:

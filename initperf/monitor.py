@@ -105,6 +105,15 @@ class VarianceMonitor:
         self.close()
 
     @property
+    def steps(self) -> int:
+        """Steps that are over, measured or not."""
+        return self._step
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
     def measuring(self) -> bool:
         """Whether this step is one of those that are measured."""
         return not self._closed and self._step % self.every == 0
@@ -155,9 +164,9 @@ class VarianceMonitor:
         check(bool(records), "a step that was measured and is kept", "none" if step is None else step)
         return records[-1].readings()
 
-    def rows(self) -> Iterator[tuple[int, str, Row]]:
-        """(step, layer, {statistic: value}) of every measured step that is kept. Waits for the device."""
-        for record in list(self._history):
+    def rows(self, start: int = 0) -> Iterator[tuple[int, str, Row]]:
+        """(step, layer, {statistic: value}) of every measured step that is kept, from step `start`. Waits for the device."""
+        for record in [r for r in self._history if r.step >= start]:
             layers: dict[str, Row] = defaultdict(dict)
             for name, statistic, value in record.values():
                 layers[name][statistic] = value

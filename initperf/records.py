@@ -57,7 +57,7 @@ class Record:
             for key, column in zip(keys, columns, strict=True):
                 what = key[1]
                 by = scale if what in (BACKWARD, INPUT_GRAD) else parameter_scale if what.endswith(GRADIENT) else 1.0
-                parts[key].append(_divided(Reading(*column), by))
+                parts[key].append(_divided(Reading(*map(float, column)), by))
         return {key: _pooled(readings) for key, readings in parts.items()}
 
     def values(self) -> Iterator[tuple[str, str, float]]:

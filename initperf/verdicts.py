@@ -29,6 +29,7 @@ THRESHOLDS: dict[str, tuple[float, str]] = {
     ),
     "gradient in all": (1e4, "gradients 100 times smaller at one end: no one learning rate suits all layers"),
     "std ratio": (1.2, "outside it the weights are called too large or small: Xavier and He differ by 1.41"),
+    "He for tanh": (1.04, "std / He's std and its inverse: torch's own gain for tanh, 5/3, is 1.18 of He's and meant"),
     "dead": (
         0.55,
         "half of a deep ReLU network's units are inactive for a whole batch at init, since inputs grow alike",

@@ -92,7 +92,7 @@ def large_last() -> nn.Module:
 
 
 FAULTS = {
-    "std 1.41x He's": (lambda: deep(nn.ReLU, init=normal(0.25)), x(BATCH, 128), "variance explodes", "2x a layer"),
+    "std 1.41x He's": (lambda: deep(nn.ReLU, init=normal(0.1768)), x(BATCH, 128), "variance explodes", "2x a layer"),
     "std too small": (lambda: deep(nn.ReLU, init=normal(0.01)), x(BATCH, 128), "variance vanishes", "0.08x He's"),
     "Xavier for deep ReLU": (lambda: deep(nn.ReLU, init=xavier), x(BATCH, 128), "variance vanishes", "0.71x He's"),
     "torch's default for deep ReLU": (
@@ -101,7 +101,7 @@ FAULTS = {
         "variance vanishes",
         "0.41x He's",
     ),
-    "He for deep tanh": (lambda: deep(nn.Tanh, 40, init=he), x(BATCH, 128), "gradient", "1.41x Xavier's"),
+    "He for deep tanh": (lambda: deep(nn.Tanh, 20, init=he), x(BATCH, 128), "He for tanh", "Xavier's"),
     "all weights zero": (lambda: deep(nn.ReLU, 3, init=nn.init.zeros_), x(BATCH, 128), "zero weights", "are 0"),
     "one value everywhere": (
         lambda: deep(nn.ReLU, 3, init=lambda w: nn.init.constant_(w, 0.1)),
@@ -175,7 +175,9 @@ def test_the_learning_rate_is_judged_by_the_update(rate, faults):
 def cnn() -> nn.Module:
     widths = [3, 16, 32, 64]
     blocks = [
-        nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        nn.Sequential(
+            nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        )
         for i, o in zip(widths, widths[1:], strict=False)
     ]
     return nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64 * 4, 10))
@@ -282,7 +284,7 @@ def test_losses_targets_and_inputs_of_every_kind_are_taken():
 
 
 def test_tables_and_the_picture_say_the_same():
-    verdicts = check_init(deep(nn.ReLU, init=normal(0.25)), x(BATCH, 128))
+    verdicts = check_init(deep(nn.ReLU, init=normal(0.1768)), x(BATCH, 128))
     assert "variance grows 2" in " ".join(str(verdicts).split())
     assert "<table>" in verdicts._repr_html_()
     lines = verdicts.figure().axes[0].get_lines()
