@@ -177,9 +177,9 @@ def run_variance(
                 squares[m, r] += torch.stack([w.square().mean() for w in weights]) / seeds
         for (m, r), share in kept.items():
             left = squares[m, r].tolist() if share is None else [v * share for v in expected]
-            both = [torch.stack(way) for way in zip(*found[m, r], strict=True)]
+            ahead, back = (torch.stack(way) for way in zip(*found[m, r], strict=True))
             several = f", {m}, {'rescaled by ' + r if r else 'not rescaled'}" if len(kept) > 1 else ""
-            lines.append(Line(label + several, *both, *expected_variances(left, shapes, activation), m, r))
+            lines.append(Line(label + several, ahead, back, *expected_variances(left, shapes, activation), m, r))
     result = VarianceResult(lines, config)
     if out is not None:
         result.save(out)
