@@ -113,8 +113,8 @@ class SparseConv2d(SparseLayer):
     ) -> None:
         if dtype is not None and dtype not in FLOATS:
             fail("dtype float32, bfloat16, float16 or float64", dtype)
-        args: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
-        shell = nn.Conv2d(in_channels, out_channels, *args, device="meta")
+        args: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta")
+        shell = nn.Conv2d(in_channels, out_channels, *args)
         if mask is not None:
             check_mask(mask, shell.weight.shape)
         super().__init__()
