@@ -1,6 +1,7 @@
 """Real models turn into masked and compressed ones, train, and come back."""
 
 import importlib
+import os
 
 import pytest
 import torch
@@ -177,27 +178,26 @@ def rank(number, sparse, folder):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
+    model = sparsify(mlp(), density=0.25, sparse=sparse)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    indices = []
+    for x in batches(5):
+        optimizer.zero_grad()
+        target(wrapped, x[4 * number : 4 * number + 4]).backward()
+        optimizer.step()
+        indices.append(id(model[0]._pattern))
+    check_masks(model, group=dist.group.WORLD)
+    caught = ""
+    if number:
+        model[2].set_mask(model[2].weight_mask.roll(1, 0))
     try:
-        model = sparsify(mlp(), density=0.25, sparse=sparse)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        indices = []
-        for x in batches(5):
-            optimizer.zero_grad()
-            target(wrapped, x[4 * number : 4 * number + 4]).backward()
-            optimizer.step()
-            indices.append(id(model[0]._pattern))
         check_masks(model, group=dist.group.WORLD)
-        caught = ""
-        if number:
-            model[2].set_mask(model[2].weight_mask.roll(1, 0))
-        try:
-            check_masks(model, group=dist.group.WORLD)
-        except InitPerfError as error:
-            caught = str(error)
-        torch.save((densify(model)[0].weight, len(set(indices[1:])), caught), f"{folder}/{number}.pt")
-    finally:
-        dist.destroy_process_group()
+    except InitPerfError as error:
+        caught = str(error)
+    torch.save((densify(model)[0].weight, len(set(indices[1:])), caught), f"{folder}/{number}.pt")
+    dist.barrier()
+    os._exit(0)  # gloo of torch 2.13 aborts now and then when it is taken down, with plain models too
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
