@@ -192,3 +192,214 @@ def test_a_closed_monitor_says_so_and_still_reads():
         monitor.attach()
     assert "0/forward_var" in monitor.scalars()
     assert not model[0]._forward_hooks
+
+
+def test_activations_and_their_gradients_are_read_apart_from_pre_activations():
+    model, x = mlp(10, 20, 5), torch.randn(16, 10)
+    h = model[0](x).relu()
+    h.retain_grad()
+    model[2](h).square().mean().backward()
+    model.zero_grad()
+    with VarianceMonitor(model) as monitor:
+        model(x).square().mean().backward()
+        monitor.step()
+    got = monitor.scalars()
+    assert math.isclose(got["2/input_var"], h.double().var(correction=0).item(), rel_tol=1e-5)
+    assert math.isclose(got["2/input_grad_var"], h.grad.double().var(correction=0).item(), rel_tol=1e-5)
+    assert got["2/input_var"] < got["0/forward_var"]
+    assert "0/input_grad_var" not in got  # the batch needs no gradient
+
+
+def test_every_parameter_has_its_gradient_read():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.norm = nn.Embedding(50, 8, sparse=True), nn.LayerNorm(8)
+            self.lstm, self.attention = nn.LSTM(8, 8, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, tokens):
+            x = self.lstm(self.norm(self.embedding(tokens)))[0]
+            return {"out": self.attention(x, x, x)[0]}
+
+    model = Net()
+    with VarianceMonitor(model) as monitor:
+        model(torch.randint(50, (4, 6)))["out"].square().sum().backward()
+        monitor.step()
+    got = monitor.scalars()
+    for name, p in model.named_parameters():
+        gradient = p.grad.to_dense().double()
+        layer, _, parameter = name.rpartition(".")
+        want = gradient.var(correction=0).item()
+        assert math.isclose(got[f"{layer}/{parameter}_grad_var"], want, rel_tol=1e-4, abs_tol=1e-14), name
+    assert {"lstm/forward_var", "attention/backward_var", "embedding/forward_var"} <= set(got)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_the_update_ratio_is_that_of_the_optimizers_step(after):
+    model = mlp(10, 20, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    weights = []
+    with VarianceMonitor(model, costly_every=2) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(16, 10)).square().mean().backward()
+            weights.append(model[0].weight.detach().clone())
+            if not after:
+                monitor.step()
+            optimizer.step()
+            if after:
+                monitor.step()
+        weights.append(model[0].weight.detach().clone())
+    ratios = [
+        (s, row["weight_update_ratio"]) for s, n, row in monitor.rows() if n == "0" and "weight_update_ratio" in row
+    ]
+    shift = int(after)
+    want = [
+        (s, ((weights[s + 1 + shift] - weights[s + shift]).norm() / weights[s + shift].norm()).item()) for s in (0, 2)
+    ]
+    assert [s for s, _ in ratios] == [0, 2]
+    assert [r for _, r in ratios] == pytest.approx([r for _, r in want], rel=1e-4)
+
+
+def test_a_summed_loss_reads_as_a_mean_one():
+    model, x = mlp(10, 20, 5), torch.randn(16, 10)
+    want = {}
+    for reduction in ("mean", "sum"):
+        with VarianceMonitor(model, reduction=reduction) as monitor:
+            model.zero_grad()
+            losses = model(x).square().sum(1)
+            getattr(losses, reduction)().backward()
+            monitor.step()
+        want[reduction] = monitor.scalars()
+    for key, value in want["mean"].items():
+        assert math.isclose(value, want["sum"][key], rel_tol=1e-5, abs_tol=1e-12) or math.isnan(value), key
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_grad_scalers_scale_is_taken_out(unscale):
+    model, x = mlp(10, 20, 5), torch.randn(16, 10)
+    want = definition(model, x)
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with VarianceMonitor(model, scaler=scaler) as monitor:
+        optimizer.zero_grad()
+        scaler.scale(model(x).square().mean()).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        monitor.step()
+        scaler.step(optimizer)
+        scaler.update()
+    assert_reads(monitor.scalars(), want)
+
+
+def test_dead_units_are_those_silent_in_the_whole_window():
+    model = mlp(4, 4, 2)
+    model[0].weight.data.copy_(torch.eye(4))
+    model[0].bias.data.zero_()
+    with VarianceMonitor(model, costly_every=1, window=2) as monitor:
+        for unit in (0, 1, 1):
+            model(torch.eye(4)[[unit, unit]]).sum().backward()
+            monitor.step()
+    assert [row["dead"] for _, n, row in monitor.rows() if n == "0"] == [0.75, 0.5, 0.75]
+
+
+def test_the_activation_is_found_where_it_is_a_function():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x):
+            x = self.b(nn.functional.dropout(self.a(x).relu(), 0.1))
+            return self.d(self.c(nn.functional.selu(x)).view(-1, 6)).tanh()
+
+    model = Net()
+    with VarianceMonitor(model) as monitor:
+        model(torch.randn(8, 6)).sum().backward()
+        monitor.step()
+    assert monitor.trace.activations == {"a": "relu", "b": "selu", "c": None, "d": "tanh"}
+    assert "a/dead" in monitor.scalars()
+    assert "b/dead" not in monitor.scalars()
+
+
+def test_a_pickled_or_copied_model_carries_no_monitor(tmp_path):
+    model = mlp(4, 4)
+    with VarianceMonitor(model) as monitor:
+        torch.save(model, tmp_path / "model.pt")
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        for other in (loaded, copy.deepcopy(model)):
+            other(torch.randn(3, 4)).sum().backward()
+        assert not monitor._current.blocks
+    assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+def test_masked_layers_are_read():
+    from initperf import sparsify
+
+    model = mlp(16, 32, 4)
+    sparsify(model, {"0.weight": torch.rand(32, 16) < 0.5})
+    with VarianceMonitor(model) as monitor:
+        model(torch.randn(8, 16)).square().mean().backward()
+        monitor.step()
+    got = monitor.scalars()
+    assert {"0/forward_var", "0/backward_var", "0/weight_grad_var", "0/dead"} <= set(got)
+
+
+def test_outputs_that_are_not_real_are_passed_over_with_a_reason():
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))
+
+        def forward(self, x):
+            return x.to(self.weight.dtype) @ self.weight
+
+    model = Complex()
+    with VarianceMonitor(model) as monitor:
+        model(torch.randn(2, 4)).abs().sum().backward()
+        with pytest.warns(UserWarning, match="No layer"):
+            monitor.step()
+    assert "floating-point" in monitor.skipped[""]
+
+
+def test_detached_and_attached_again_it_goes_on():
+    model = mlp(4, 4)
+    monitor = VarianceMonitor(model).attach()
+    for _ in range(2):
+        model(torch.randn(3, 4)).sum().backward()
+        monitor.step()
+        monitor.detach()
+        assert not model[0]._forward_hooks
+        model(torch.randn(3, 4)).sum().backward()
+        monitor.attach()
+    assert [s for s, _, _ in monitor.rows()] == [0, 1]
+
+
+def test_a_step_of_a_model_that_never_ran_is_named():
+    with VarianceMonitor(mlp(2, 2)) as monitor, pytest.warns(UserWarning, match="compiled"):
+        monitor.step()
+
+
+def _watch_under_ddp(rank: int, path: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    model = mlp(10, 20, 5)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    x = torch.randn(32, 10, generator=torch.Generator().manual_seed(1))
+    with VarianceMonitor(ddp) as monitor:
+        ddp(x[rank::2]).square().mean().backward()
+        monitor.step()
+    torch.save(monitor.scalars(), f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_under_ddp_every_process_reads_its_own_batch_and_the_averaged_gradient(tmp_path):
+    torch.multiprocessing.spawn(_watch_under_ddp, (str(tmp_path),), nprocs=2)
+    got = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    model = mlp(10, 20, 5)
+    x = torch.randn(32, 10, generator=torch.Generator().manual_seed(1))
+    whole = definition(model, x)
+    for rank, scalars in enumerate(got):
+        want = definition(model, x[rank::2])
+        assert math.isclose(scalars["0/forward_var"], want["0/forward_var"], rel_tol=1e-5)
+        assert math.isclose(scalars["0/backward_var"], want["0/backward_var"], rel_tol=1e-4)
+        assert math.isclose(scalars["0/weight_grad_var"], whole["0/weight_grad_var"], rel_tol=1e-4)
