@@ -25,7 +25,7 @@ from initperf.kernels.cpu.pattern import pattern_tensors
 from initperf.kernels.cpu.sparse_linear import compress, expand
 from initperf.kernels.cpu.sparse_pattern import sparse_tensors
 
-DENSITIES = (0.05, 0.3)
+DENSITIES = (0.05, 0.5)
 LARGEST = 1 << 30  # rows x weights beyond which a smaller batch's figure is taken over
 SECONDS = 0.008  # a timing lasts at least this, or three calls
 MARGIN = (

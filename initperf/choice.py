@@ -37,7 +37,7 @@ KINDS = (  # the products of a masked layer, then those of a compressed one
 )
 ROWS = (1, 4, 16, 64, 256)  # batch rows
 WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22)  # of a layer
-MOST = 0.7  # density from which no index is built (initperf/pattern.py)
+MOST = 0.95  # density from which no index is built (initperf/pattern.py)
 MODES = ("auto", "sparse", "dense")
 
 Table = dict[str, list[list[float]]]  # "kind/bytes of an element" -> [rows][weights] -> break-even density

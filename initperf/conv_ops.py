@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from initperf import choice, direct, ops
-from initperf.pattern import DENSE_FROM, Pattern, pack_bits
+from initperf.choice import MOST
+from initperf.pattern import Pattern, pack_bits
 from initperf.reference import conv as reference
 from initperf.reference.conv import Ints
 
@@ -45,7 +46,7 @@ class ConvPattern(Pattern):
         self.density = self.nnz / mask.numel() if mask.numel() else 1.0
         self.survivors = mask.flatten().nonzero().flatten().to(torch.int32) if compressed else mask
         self.tensors = []
-        if mask.device.type == "cpu" and 0 < self.density < DENSE_FROM and mask.numel() < 2**31:
+        if mask.device.type == "cpu" and 0 < self.density < MOST and mask.numel() < 2**31:
             self.tensors = ops.implementation("conv_pattern_tensors", "cpu")(mask, groups, compressed)
 
     def _packed(self, source: Tensor) -> Tensor:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from initperf import ops, sampling
+from initperf.choice import MOST
 from initperf.reference.sample_many import unpacked
 
 ops.register("pattern_tensors", "pattern")
 ops.register("sparse_tensors", "sparse_linear")
-
-DENSE_FROM = 0.7  # density from which no CPU kernel beats the dense product, so no index is built
 
 
 class Pattern:
@@ -32,7 +31,7 @@ class Pattern:
         self.nnz = 0 if mask.is_meta else int(torch.count_nonzero(mask))
         self.density = self.nnz / mask.numel() if mask.numel() else 1.0
         device = mask.device.type
-        indexed = self.nnz and (device != "cpu" or self.density < DENSE_FROM)
+        indexed = self.nnz and (device != "cpu" or self.density < MOST)
         self.tensors = ops.implementation(op, device)(mask) if indexed else []
 
     def is_of(self, source: Tensor) -> bool:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .jit import threads
 from .memory import gradient_memory
-from .products import SERIAL, correlate, multiply
-from .tiles import apply_mask
+from .products import correlate, multiply
+from .tiles import apply_mask, apply_mask_parallel
 
+PARALLEL_FROM = 1 << 18  # weights under which a second thread does not help to mask
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,8 +43,11 @@ def dense_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]
     if not out.numel():
         return out
     torch.mm(dy.t(), x, out=out)
-    words = _WORDS[out.element_size()]
-    if mask.numel() >= SERIAL and threads() > 1 and mask.is_contiguous():
-        apply_mask(out.view(-1).view(words).numpy(), mask.view(-1).view(torch.uint8).numpy())
-        return out
-    return out.masked_fill_(~mask, 0)
+    if not mask.is_contiguous():
+        return out.masked_fill_(~mask, 0)
+    words, survives = out.view(-1).view(_WORDS[out.element_size()]).numpy(), mask.view(-1).view(torch.uint8).numpy()
+    if words.size >= PARALLEL_FROM and threads() > 1:
+        apply_mask_parallel(words, survives)
+    else:
+        apply_mask(words, survives)
+    return out

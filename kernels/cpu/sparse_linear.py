@@ -106,7 +106,9 @@ def _flat(tensor: Tensor) -> np.ndarray:
 
 
 def expand(values: Tensor, bits: Tensor, rows: int, columns: int) -> Tensor:
-    """The dense weight (rows, columns) of values (nnz, 1) at the set bits, 0 elsewhere."""
+    """The dense weight (rows, columns) of values (nnz, 1) at the set bits, 0 elsewhere; the values themselves if none is pruned."""
+    if values.numel() == rows * columns:
+        return values.detach().view(rows, columns)
     dense = torch.empty((rows, columns), dtype=values.dtype)
     if dense.numel():
         workers = threads() if dense.numel() >= 1 << 16 else 1
@@ -117,7 +119,9 @@ def expand(values: Tensor, bits: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def compress(dense: Tensor, bits: Tensor, nnz: int) -> Tensor:
-    """values (nnz, 1) of a dense weight at the set bits."""
+    """values (nnz, 1) of a dense weight at the set bits; the weight itself if none is pruned."""
+    if nnz == dense.numel():
+        return dense.reshape(nnz, 1)
     values = torch.empty((nnz, 1), dtype=dense.dtype)
     if nnz:
         dense = dense.contiguous()

@@ -129,8 +129,15 @@ def scatter(units, count, columns, sums, rows, width, out, stride, buffer, strea
                     stream(line, target, j)
 
 
-@jit(parallel=True)
+@jit()
 def apply_mask(words, mask):
     """words = 0 where mask is 0; flat integer views."""
+    for i in range(words.size):
+        words[i] &= -words.dtype.type(mask[i])
+
+
+@jit(parallel=True)
+def apply_mask_parallel(words, mask):
+    """The same by all threads."""
     for i in prange(words.size):
         words[i] &= -words.dtype.type(mask[i])
