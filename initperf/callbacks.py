@@ -14,6 +14,7 @@ def lightning_callback(*, log_every: int = 50, **settings: Any) -> Any:
     settings: VarianceMonitor's. Readings are logged every `log_every` optimizer steps and when training ends. The monitor
     is its attribute `monitor`, which can be read after training.
     """
+    Callback: Any
     try:
         from lightning.pytorch import Callback
     except ImportError:

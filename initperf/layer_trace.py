@@ -41,11 +41,12 @@ def squared_gain(activation: str | None) -> float:
 
     For tanh and sigmoid it is Xavier's 1, which keeps the variance where they are linear; for SELU LeCun's 1.
     """
-    if activation not in _FUNCTIONS:
+    function = _FUNCTIONS.get(activation or "")
+    if function is None:
         return 1.0
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
     weight = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    return 1 / torch.trapezoid(_FUNCTIONS[activation](z).square() * weight, z).item()
+    return 1 / torch.trapezoid(function(z).square() * weight, z).item()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ Key = tuple[str, str]  # layer, what
 class Reading(NamedTuple):
     """Moments of one tensor of a layer in one step; gradients as those of an unscaled mean loss."""
 
-    count: float
+    count: float  # type: ignore[assignment]  # hides tuple.count
     nonfinite: float
     mean: float
     var: float
