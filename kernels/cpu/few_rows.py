@@ -6,6 +6,7 @@ Bound by reading values and columns. A task is a panel of rows: its sums are a p
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,7 +216,7 @@ def call_few(
     first = (units.data_ptr(), columns.data_ptr(), index)
     last = (sizes, scratch.data_ptr())
     if multiplies:
-        shared = (*first, x.data_ptr(), x.stride(), storage, bias_at, y.data_ptr(), *last)
+        shared: tuple[Any, ...] = (*first, x.data_ptr(), x.stride(), storage, bias_at, y.data_ptr(), *last)
         one, many = _multiply_panels, _multiply_parallel
     else:
         shared = (*first, y.data_ptr(), y.stride(), x.data_ptr(), x.stride(), storage, *last)

@@ -9,7 +9,7 @@ Every sum runs over columns, or over batch rows, in one fixed order: the bits do
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -290,8 +290,8 @@ class _Call(NamedTuple):
     """What a kernel is called with, beside addresses: all that follows from the index's sizes and the batch."""
 
     width: tuple[int, ...]
-    kind: np.ndarray
-    index: tuple[int, int, int, int]  # panels, column blocks, units a panel, columns a block
+    kind: Any  # an array, of which the dtype counts
+    blocking: tuple[int, int, int, int]  # panels, column blocks, units a panel, columns a block
     sizes: tuple[int, int, int]
     plan: tuple[int, int, int]
     tasks: int
@@ -341,7 +341,7 @@ def multiply(
     call = _call((panels, blocks, quads), sizes, x.dtype, workers, True)
     scratch = working_memory(call.workers * call.bytes_each)
     shared = (
-        *(units.data_ptr(), columns.data_ptr(), call.index, x.data_ptr(), x.stride(), source, bias_at, y.data_ptr()),
+        *(units.data_ptr(), columns.data_ptr(), call.blocking, x.data_ptr(), x.stride(), source, bias_at, y.data_ptr()),
         *(sizes, call.plan, scratch.data_ptr()),
     )
     if call.workers > 1:
@@ -367,7 +367,7 @@ def correlate(dy: Tensor, x: Tensor, target: tuple[int, ...], units: Tensor, col
     scratch = working_memory(own + (slots + SLACK) * (8 if x.dtype == torch.float64 else 4))
     memory = scratch.data_ptr()
     shared = (
-        *(units.data_ptr(), columns.data_ptr(), slots, call.index),
+        *(units.data_ptr(), columns.data_ptr(), slots, call.blocking),
         *(dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride(), memory + own, target),
         *(sizes, call.plan, memory),
     )

@@ -45,7 +45,7 @@ def masked_call(builder: Any, operation: str, element: ir.Type, result: ir.Type,
 def _alternate(builder: Any, x: Any, y: Any) -> tuple[Any, Any]:
     """x0 y0 x1 y1 ... of the lower, and of the higher, halves."""
     pairs = [(i, LANES + i) for i in range(LANES)]
-    return tuple(shuffled(builder, x, y, [p for pair in half for p in pair]) for half in (pairs[:_HALF], pairs[_HALF:]))  # type: ignore[return-value]
+    return tuple(shuffled(builder, x, y, [p for pair in half for p in pair]) for half in (pairs[:_HALF], pairs[_HALF:]))
 
 
 @intrinsic
