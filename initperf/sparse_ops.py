@@ -28,7 +28,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: i
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Linear.apply(x, values, bias, bits, rows, *pattern)
+        return _Linear.apply(x, values, bias, bits, rows, pattern)
     return _sparse_linear(x, values, bias, bits, rows, pattern)
 
 
@@ -107,19 +107,23 @@ sparse_grad_values = ops.define(
 
 
 class _Linear(torch.autograd.Function):
+    """The pattern is a list, which autograd passes on unseen: six tensors less to wrap in every call."""
+
     @staticmethod
-    def forward(ctx, x, values, bias, bits, rows, *pattern):
-        ctx.save_for_backward(x, values, bits, *pattern)
+    def forward(ctx, x, values, bias, bits, rows, pattern):
+        ctx.save_for_backward(x, values, bits)
+        ctx.pattern = pattern
         return direct.below(sparse_linear, _sparse_linear, x, values, bias, bits, rows, pattern)
 
     @staticmethod
     def backward(ctx, dy):
-        x, values, bits, *pattern = ctx.saved_tensors
+        x, values, bits = ctx.saved_tensors
+        pattern = ctx.pattern
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         products = (sparse_grad_input, _sparse_grad_input), (sparse_grad_values, _sparse_grad_values)
         dx = direct.backward(*products[0], dy, values, bits, x.shape[1], pattern) if needs_x else None
         dv = direct.backward(*products[1], dy, x, bits, values.shape[0], pattern) if needs_values else None
-        return dx, dv, dy.sum(0) if needs_bias else None, *(None,) * (2 + len(pattern))
+        return dx, dv, dy.sum(0) if needs_bias else None, None, None, None
 
 
 class _GradInput(torch.autograd.Function):
@@ -154,7 +158,7 @@ class _GradValues(torch.autograd.Function):
 
 ops.differentiate(
     "sparse_linear",
-    lambda x, values, bias, bits, rows, pattern: _Linear.apply(x, values, bias, bits, rows, *pattern),
+    lambda x, values, bias, bits, rows, pattern: _Linear.apply(x, values, bias, bits, rows, pattern),
 )
 ops.differentiate(
     "sparse_grad_input",
