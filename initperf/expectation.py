@@ -26,7 +26,7 @@ def expected(model: Any, tensors: Mapping[str, Tensor], expect: Mapping[str, str
         tasks = plan(model, "keep", expect)
         return {t.name: t.init for t in tasks if t.init is not None}
     wanted = {}
-    for name, tensor in tensors.items():
+    for name in tensors:
         chosen = [e for pattern, e in expect.items() if fnmatchcase(name, pattern)]
         if not chosen:
             continue
@@ -34,14 +34,29 @@ def expected(model: Any, tensors: Mapping[str, Tensor], expect: Mapping[str, str
             wanted[name] = chosen[-1].check(name)
             continue
         check(chosen[-1] in schemes.NAMES, f"expect to be one of {', '.join(schemes.NAMES)} or an Init", chosen[-1])
-        path, _, leaf = name.rpartition(".")
-        place = Place(name, tensor, nn.Module(), path, leaf, frozenset())
-        init = schemes.named(chosen[-1], place, None)
-        if init is None and tensor.dim() == 1:
-            init = schemes.constant(1)
+        init = _of_a_file(chosen[-1], name, tensors)
         if init is not None:
             wanted[name] = init
     return wanted
+
+
+def _of_a_file(scheme: str, name: str, tensors: Mapping[str, Tensor]) -> Init | None:
+    """What a scheme means where no module tells the class: matrices are weights of linear layers, vectors named weight those of norms.
+
+    None for what it says nothing about, such as running statistics.
+    """
+    tensor = tensors[name]
+    path, _, leaf = name.rpartition(".")
+    if scheme == "keep" or (tensor.dim() == 0 and scheme not in ("zeros", "ones")):
+        return None
+    weight = tensors.get(f"{name.removesuffix('bias')}weight") if leaf == "bias" else tensor
+    by_itself = None
+    if leaf in ("weight", "bias") and weight is not None and weight.dim() >= 2:
+        by_itself = schemes.fully_connected(weight)[leaf]
+    elif leaf.endswith("weight") or (leaf == "bias" and weight is not None):
+        by_itself = schemes.constant(leaf != "bias") if tensor.dim() == 1 else None
+    init = schemes.named(scheme, Place(name, tensor, nn.Module(), path, leaf, frozenset()), by_itself)
+    return by_itself if init is None and tensor.dim() == 1 else init
 
 
 def disagreement(finding: Finding, tensor: Tensor, init: Init) -> str | None:

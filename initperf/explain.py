@@ -82,6 +82,7 @@ def describe(model: nn.Module | Mapping[str, Tensor], expect: Mapping[str, str |
     fit, the one of the greatest posterior probability is named: its likelihood times how much of this model it explains.
     What nothing explains is "trained, unknown".
     expect: {glob: name of a scheme, or an Init}; the last glob that matches counts, and disagreements are reported.
+    In a mapping, which has no modules, a scheme takes matrices named weight for those of linear layers.
     Parameters that are not float32, bfloat16, float16 or float64, or have no values, are left out.
     """
     if isinstance(model, nn.Module):

@@ -122,7 +122,7 @@ def _glorot(tensor: Tensor) -> float:
     return math.sqrt(2.0 / max(1, sum(fans(tensor))))
 
 
-def _fully_connected(weight: Tensor) -> dict[str, Init]:
+def fully_connected(weight: Tensor) -> dict[str, Init]:
     """kaiming_uniform_(a=sqrt(5)), and the bias within 1 / sqrt(fan_in): torch's Linear and convolutions."""
     gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
     fan = fans(weight)[0]
@@ -179,7 +179,7 @@ NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.
 EMBEDDINGS: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
 # class -> {name below the module: distribution}; a parent's word counts more than its child's
 _OWN: list[tuple[tuple[type[nn.Module], ...], Callable[[Any], dict[str, Init]]]] = [
-    ((nn.Linear, _ConvNd), lambda m: _fully_connected(_dense_weight(m))),
+    ((nn.Linear, _ConvNd), lambda m: fully_connected(_dense_weight(m))),
     (NORMS, _norm),
     (EMBEDDINGS, _embedding),
     ((RNNBase, RNNCellBase), _recurrent),
@@ -204,7 +204,7 @@ def _is_compressed(module: nn.Module) -> bool:
 def own(module: nn.Module) -> dict[str, Init]:
     """What the module's class means by itself, by name below the module; {} for a class that is not torch.nn's."""
     if _is_compressed(module):
-        return _fully_connected(_dense_weight(module))
+        return fully_connected(_dense_weight(module))
     for classes, table in _OWN:
         if isinstance(module, classes):
             return table(module)

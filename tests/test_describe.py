@@ -168,6 +168,20 @@ def test_planted_disagreements_are_found_and_nothing_else():
     assert len(describe(tensors, expect={"0.weight": Init("normal", (0.0, 0.02))}).disagreements) == 1
 
 
+def test_expect_means_the_same_of_tensors_without_their_modules():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 24, 3), nn.BatchNorm2d(24), nn.Linear(90, 70), nn.LSTM(40, 30))
+    own = dict(model.state_dict())  # with BatchNorm's running statistics, of which no scheme says anything
+    assert describe(own, expect={"*": "torch"}).disagreements == []
+    assert describe(own, expect={"*": "keep"}).disagreements == []
+    named = initialize(model, "kaiming_normal", seed=1) and dict(model.state_dict())
+    assert describe(named, expect={"*": "kaiming_normal"}).disagreements == []
+    wrong = {f.name for f in describe(named, expect={"*": "torch"}).disagreements}
+    assert wrong == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert describe({"weight": torch.tensor(3.0)}, expect={"*": "kaiming_normal"}).disagreements == []
+    assert describe({"weight": torch.tensor(3.0)}, expect={"*": "zeros"}).disagreements
+
+
 def test_models_of_our_own_initialize_agree_with_what_was_asked():
     for scheme in ("kaiming_uniform", "xavier_normal", "trunc_normal", "gpt2", "timm", "orthogonal", "torch"):
         model = nn.Sequential(nn.Conv2d(8, 24, 3), nn.BatchNorm2d(24), nn.Linear(90, 70), nn.Embedding(200, 30))
