@@ -26,7 +26,7 @@ from .survivors import KINDS, SLACK, STARTS, ask, begin_rows, fetch, leave
 from .tiles import ZERO, pack, start_sums, unpack
 
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
-SERIAL = 3 << 20  # multiply-adds under which a second thread costs more than it saves
+SERIAL = 5 << 18  # multiply-adds under which a second thread costs more than it saves
 TILE = 1 << 20  # bytes of sums (or of dy) that a task keeps in the second-level cache
 BLOCKS = 4  # batch blocks that share one gather of the weights
 COST = {4: 0.31, 2: 0.35, 1: 0.45}  # V -> measured ns a vector: fewer lanes pay more for the broadcast
