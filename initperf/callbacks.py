@@ -28,7 +28,7 @@ def lightning_callback(*, log_every: int = 50, **settings: Any) -> Any:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             plugin = getattr(trainer, "precision_plugin", None)
-            own = {"scaler": getattr(plugin, "scaler", None), "scale": 1 / trainer.accumulate_grad_batches}
+            own = {"scaler": getattr(plugin, "scaler", None)}
             self.monitor = VarianceMonitor(pl_module, **(own | settings)).attach()
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,8 @@ class VarianceMonitor:
 
     Gradients are those of an unscaled mean loss: they are divided by `scale`, by the samples of the step where
     `reduction` is "sum", and by the scale of `scaler`, a GradScaler (call step() before scaler.update()). Calls of a layer
-    within a step (shared modules, accumulation) are taken together; what checkpointing computes again is passed over.
+    within a step (shared modules, accumulation) are taken together, as one batch; what checkpointing computes again and
+    evaluation (the model in eval mode, without gradients) are passed over.
     Outputs are measured before the next layer can overwrite them, gradients 4 MiB at a time; none is kept.
 
     The last `history` steps are kept on the device and read when asked: `rows()`, `scalars()`, `readings()`. Use it as a
@@ -54,7 +56,10 @@ class VarianceMonitor:
             fail("model to be a torch.nn.Module", type(model).__name__, kind=InitPerfTypeError)
         sizes = {"every": every, "costly_every": costly_every, "history": history, "window": window}
         for name, value in sizes.items():
-            check(isinstance(value, int) and value >= 1, f"{name} to be an int of at least 1", value)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            check(whole and value >= 1, f"{name} to be an int of at least 1", value)
+        usable = isinstance(scale, (int, float)) and math.isfinite(scale) and scale != 0
+        check(usable, "scale to be a finite number other than 0", repr(scale))
         check(reduction in ("mean", "sum"), 'reduction to be "mean" or "sum"', repr(reduction))
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             fail("scaler to be a torch.amp.GradScaler", type(scaler).__name__, kind=InitPerfTypeError)
@@ -139,7 +144,7 @@ class VarianceMonitor:
             if not self._current.blocks:
                 warnings.warn(
                     "No layer of the watched model ran in this step: it was compiled after the monitor was attached, "
-                    "or another model (a copy) is trained.",
+                    "another model (a copy) is trained, or it was only evaluated (eval mode, no gradients).",
                     stacklevel=2,
                 )
             self._measure_parameters(gradients)
@@ -244,6 +249,10 @@ class VarianceMonitor:
         self._current.blocks += _measure(self._pending)
         self._pending, self._pending_bytes = {}, 0
 
+    def _evaluating(self) -> bool:
+        """Whether the pass is no part of training: reentrant checkpointing runs without gradients too, but in train mode."""
+        return not self.model.training and not torch.is_grad_enabled()
+
     def _check_open(self) -> None:
         if self._closed:
             fail("a monitor that is not closed; make a new one", "a closed one", kind=InitPerfRuntimeError)
@@ -260,7 +269,7 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         monitor = self.monitor
-        if not monitor.measuring or torch.jit.is_tracing():
+        if not monitor.measuring or monitor._evaluating() or torch.jit.is_tracing():
             return
         f = _first_float(output)
         if f is None:
@@ -284,7 +293,7 @@ class _ModelHook(_Hook):
         super().__init__(monitor, "")
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.monitor.measuring and not _recomputing():
+        if self.monitor.measuring and not self.monitor._evaluating() and not _recomputing():
             first = next((t for t in tensors_in((args, kwargs)) if t.dim()), None)
             self.monitor._samples += 0 if first is None else first.shape[0]
             for value in tensors_in(output):

@@ -135,6 +135,46 @@ def test_a_lightning_trainer_logs_the_monitor(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_in_lightning_accumulated_batches_read_as_one(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def training_step(self, batch, _):
+            return self.net(batch[0]).square().mean()
+
+        def validation_step(self, batch, _):
+            return self.net(100 * batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data, got = torch.utils.data.TensorDataset(torch.randn(64, 8)), []
+    for parts in (1, 4):
+        callback = lightning_callback()
+        loader = torch.utils.data.DataLoader(data, batch_size=64 // parts)
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            accumulate_grad_batches=parts,
+            accelerator="cpu",
+            callbacks=[callback],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(Module(), loader, loader)
+        assert callback.monitor.steps == 2
+        got.append(callback.monitor.scalars())
+    for key in ("net.0/forward_var", "net.0/backward_var", "net.2/weight_grad_var"):
+        assert got[1][key] == pytest.approx(got[0][key], rel=1e-4)
+    assert got[0]["net.0/forward_var"] < 10
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_hugging_face_trainer_logs_the_monitor(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

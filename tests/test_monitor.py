@@ -275,6 +275,26 @@ def test_a_summed_loss_reads_as_a_mean_one():
         assert math.isclose(value, want["sum"][key], rel_tol=1e-5, abs_tol=1e-12) or math.isnan(value), key
 
 
+def test_evaluation_between_steps_is_passed_over():
+    model, x = mlp(10, 20, 5), torch.randn(16, 10)
+    want = definition(model, x)
+    with VarianceMonitor(model, reduction="sum") as monitor:
+        model.eval()
+        with torch.no_grad():
+            model(100 * x)
+        model.train()
+        model.zero_grad()
+        (model(x).square().sum() / 5).backward()
+        monitor.step()
+    assert_reads(monitor.scalars(), want)
+
+
+@pytest.mark.parametrize("scale", [0, math.nan, math.inf, "1"])
+def test_a_scale_that_is_none_is_named(scale):
+    with pytest.raises(InitPerfError, match="scale"):
+        VarianceMonitor(mlp(10, 20, 5), scale=scale)
+
+
 @pytest.mark.parametrize("unscale", [False, True])
 def test_a_grad_scalers_scale_is_taken_out(unscale):
     model, x = mlp(10, 20, 5), torch.randn(16, 10)
