@@ -73,7 +73,8 @@ def hugging_face_callback(**settings: Any) -> Any:
         monitor: VarianceMonitor | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            self.monitor = VarianceMonitor(model, **settings).attach()
+            own = {"scaler": getattr(kwargs.get("optimizer"), "scaler", None)}  # of accelerate's wrapper, for float16
+            self.monitor = VarianceMonitor(model, **(own | settings)).attach()
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             assert self.monitor is not None

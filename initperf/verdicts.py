@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import InitPerfRuntimeError, InitPerfTypeError, fail
+from .checks import InitPerfRuntimeError, InitPerfTypeError, check, fail
 from .layer_trace import tensors_in
 from .monitor import VarianceMonitor
 from .records import BACKWARD, FORWARD, Key, Reading
@@ -47,6 +47,7 @@ THRESHOLDS: dict[str, tuple[float, str]] = {
     "update ratio": (0.2, "update / weight of the median layer: about 1e-3 is usual, Adam's first steps reach 0.1"),
 }
 _FEW = 4  # layers a growth needs
+NOTHING = "nothing wrong is seen"
 
 
 class Verdict(NamedTuple):
@@ -82,7 +83,7 @@ class Verdicts:
         """For rich."""
         from rich.table import Table
 
-        table = Table("fault", "layer", "what is seen", "remedy", title=None if self.found else "nothing wrong is seen")
+        table = Table("fault", "layer", "what is seen", "remedy", title=None if self.found else NOTHING)
         for verdict in self.found:
             table.add_row(*verdict)
         return table
@@ -90,6 +91,8 @@ class Verdicts:
     def __str__(self) -> str:
         from rich.console import Console
 
+        if not self.found:
+            return NOTHING
         out = io.StringIO()
         Console(file=out, width=140, no_color=True).print(self.table())
         return out.getvalue().rstrip()
@@ -98,7 +101,7 @@ class Verdicts:
 
     def _repr_html_(self) -> str:
         if not self.found:
-            return "<p>nothing wrong is seen</p>"
+            return f"<p>{NOTHING}</p>"
         rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in verdict) for verdict in self.found)
         head = "".join(f"<th>{name}</th>" for name in ("fault", "layer", "what is seen", "remedy"))
         return f"<table><tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
@@ -137,7 +140,8 @@ def check_init(
     """One forward and backward pass before training, and the verdicts on it. The model is left exactly as it was.
 
     sample_input: a batch (of 16 inputs or more): a tensor, a tuple of arguments or a dict of keyword arguments.
-    loss(output, target), or loss(output) without target; with a target alone cross-entropy (classes) or mean squares;
+    loss(output, target), or loss(output) without target; with a target alone cross-entropy (integers: classes,
+    the output's last dimension, or its second, as of pixels) or mean squares (floating point, of the output's shape);
     with neither, the mean over the batch of a fixed random projection of the outputs, whose gradients have variance 1.
     """
     if not isinstance(model, nn.Module):
@@ -179,5 +183,11 @@ def _loss(output: Any, target: Tensor | None, loss: Callable[..., Tensor] | None
         direction = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
         return (first * direction.to(first)).sum() / max(first.shape[0] if first.dim() else 1, 1)
     if target.is_floating_point():
+        check(target.shape == first.shape, f"target of the output's shape {tuple(first.shape)}", tuple(target.shape))
         return nn.functional.mse_loss(first, target)
-    return nn.functional.cross_entropy(first.flatten(0, -2), target.flatten())
+    if first.dim() < 2 or first.shape[:-1] == target.shape:  # classes last, as of tokens
+        return nn.functional.cross_entropy(first.reshape(-1, first.shape[-1]), target.flatten())
+    by_pixel = first.shape[:1] + first.shape[2:]
+    expected = f"target of classes, of shape {tuple(first.shape[:-1])} or {tuple(by_pixel)}"
+    check(target.shape == by_pixel, expected, tuple(target.shape))
+    return nn.functional.cross_entropy(first, target)

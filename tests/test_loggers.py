@@ -211,6 +211,15 @@ def test_a_hugging_face_trainer_logs_the_monitor(tmp_path):
     assert [("initperf/net.0/forward_var" in logs) for logs in seen[:3]] == [True] * 3
 
 
+def test_hugging_face_float16_training_has_its_scale_taken_out():
+    pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    model, scaler, callback = mlp(), torch.amp.GradScaler("cpu", init_scale=1024.0), hugging_face_callback()
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(torch.optim.SGD(model.parameters(), 0.1), scaler=scaler)
+    callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    assert callback.monitor.scaler is scaler
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

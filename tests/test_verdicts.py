@@ -279,6 +279,8 @@ def test_losses_targets_and_inputs_of_every_kind_are_taken():
         (x(BATCH, 10), F.l1_loss),
     ):
         assert not check_init(model, x(BATCH, 128), target, loss)
+    pixels = nn.Conv2d(3, 7, 3, padding=1)
+    assert str(check_init(pixels, x(16, 3, 8, 6), torch.arange(16 * 48).view(16, 8, 6) % 7)) == "nothing wrong is seen"
     assert not check_init(model, (x(BATCH, 128),))
     assert not check_init(model, {"input": x(BATCH, 128)})
 
@@ -301,6 +303,8 @@ def test_every_threshold_has_its_reason():
     [
         (lambda: check_init(3, x(2, 2)), "Module"),
         (lambda: check_init(torch.compile(nn.Linear(2, 2)), x(2, 2)), "compile"),
+        (lambda: check_init(nn.Linear(2, 1), x(4, 2), x(4)), "shape"),
+        (lambda: check_init(nn.Linear(2, 3), x(4, 2), torch.tensor([0, 1, 2])), "shape"),
         (lambda: check_init(nn.Linear(2, 2).requires_grad_(False), x(2, 2)), "gradient"),
         (lambda: check_init(nn.Linear(2, 2), x(2, 2), loss=lambda out: out.detach().sum()), "gradient"),
     ],

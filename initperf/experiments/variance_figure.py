@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart; the markers differ as well.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#555555", "#CC79A7", "#B8860B")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*p"  # one more than colours, so that 72 lines differ
 NAMES = {"relu": "ReLU", "leaky_relu": "leaky ReLU", "gelu": "GELU", "selu": "SELU", "linear": "no activation"}
 STYLE: Any = {
     "font.size": 13,
@@ -44,7 +44,7 @@ def png(result: VarianceResult) -> bytes:
         figure = Figure(figsize=(14, 1.6 + 4.8 * len(rows)), layout="constrained")
         panels = figure.subplots(len(rows), 2, squeeze=False)
         for mask, lines, (left, right) in zip(masks, rows, panels, strict=True):
-            above = f"{mask} masks. " if len(rows) > 1 else ""
+            above = f"{mask.capitalize()} masks\n" if len(rows) > 1 else ""
             _panel(left, lines, c["depth"], "forward", above)
             _panel(right, lines, c["depth"], "backward", above)
         what = (
@@ -57,7 +57,7 @@ def png(result: VarianceResult) -> bytes:
         figure.suptitle(f"Variance through the layers at initialization: {what}", fontsize=16, weight="bold")
         nets = f"mean of {c['seeds']} nets, from least to greatest shaded" if c["seeds"] > 1 else "one net"
         handles = [
-            Line2D([], [], color=COLOURS[i % 8], marker=MARKERS[i % 8], label=_named(line.label, masks))
+            Line2D([], [], color=COLOURS[i % 8], marker=MARKERS[i % 9], label=_named(line.label, masks))
             for i, line in enumerate(rows[0])
         ]
         styles = [
@@ -81,7 +81,7 @@ def _panel(axes: Axes, lines: list[Line], depth: int, way: str, above: str) -> N
     low, high = math.inf, -math.inf
     for i, line in enumerate(lines):
         seen, expected = getattr(line, way), getattr(line, f"{way}_expected")
-        colour, marker = COLOURS[i % 8], MARKERS[i % 8]
+        colour, marker = COLOURS[i % 8], MARKERS[i % 9]
         # log10 of the values, so that 1e-300 and 1e300 fit one axis
         band = (seen.amin(0).log10(), seen.amax(0).log10())
         axes.fill_between(layers, *band, color=colour, alpha=0.16, linewidth=0)
