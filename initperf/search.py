@@ -22,7 +22,8 @@ from initperf.masked import MaskedLinear
 from initperf.runfolder import KINDS, Network, RunFolder
 from initperf.running import Run, derive_seed
 from initperf.schemes import Init
-from initperf.ticket import Ticket, mask_layers, named_parameters
+from initperf.sparse import SparseLinear
+from initperf.ticket import Ticket, compressed_layers, dense_parameters, mask_layers, named_parameters
 
 POLL_SECONDS = 0.05
 
@@ -315,9 +316,11 @@ class TicketSearch:
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """canonical name -> weight of every nn.Linear (not of its subclasses, such as the projection inside an attention)."""
-    weights = {id(m.weight) for m in model.modules() if type(m) in (nn.Linear, MaskedLinear)}
-    return {name: p.detach() for name, p in named_parameters(model).items() if id(p) in weights}
+    """canonical name -> dense weight of every nn.Linear (not of its subclasses, such as the projection inside an attention)."""
+    plain = {id(m.weight) for m in model.modules() if type(m) in (nn.Linear, MaskedLinear)}
+    compressed = {name for name, layer in compressed_layers(model).items() if type(layer) is SparseLinear}
+    found = dense_parameters(model)
+    return {name: p.detach() for name, p in found.items() if name in compressed or id(p) in plain}
 
 
 def density(model: nn.Module, masks: Mapping[str, Tensor]) -> float:

@@ -28,6 +28,7 @@ from initperf import ops, rng
 from initperf.checks import InitPerfError, check, check_float_tensor, check_mask, check_seed, fail
 from initperf.files import write_atomically
 from initperf.schemes import Init
+from initperf.sparse_layer import SparseLayer
 
 FORMAT = 1
 KEY = "initperf"
@@ -61,6 +62,13 @@ class Ticket:
     recipe: dict[str, Any] = field(default_factory=dict)
     rng_version: int = rng.VERSION
 
+    def __repr__(self) -> str:
+        weights = "from the seed" if self.seed is not None and not self.values else "stored survivors"
+        return (
+            f"Ticket({len(self.parameters)} parameters, {len(self.masks)} masks, density={self.density:.4g}, "
+            f"seed={self.seed}, weights {weights}, sha256={self.sha256[:12]}...)"
+        )
+
     @property
     def density(self) -> float:
         """Survivors / weights of the parameters that have a mask; 1 without masks."""
@@ -84,7 +92,7 @@ class Ticket:
         or name -> Init with a `seed`), else the model's present values. A parameter whose bits come back from the seed costs
         no bytes; of others the survivors are stored.
         """
-        found = named_parameters(model)
+        found = dense_parameters(model)
         given = {canonical(n): t for n, t in weights.items()} if weights is not None else None
         chosen = model_masks(model) if masks is None else {canonical(n): m for n, m in masks.items()}
         given_inits = inits
@@ -138,7 +146,7 @@ class Ticket:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Give `model` the ticket's initial weights and masks, in place; nothing is touched unless all of it fits. Returns it."""
-        found = named_parameters(model)
+        found = dense_parameters(model)
         missing, extra = self.parameters.keys() - found.keys(), found.keys() - self.parameters.keys()
         if missing or extra:
             fail(
@@ -151,10 +159,12 @@ class Ticket:
             check(tuple(found[name].shape) == shape, f"{name} to have shape {shape}", tuple(found[name].shape))
             check(found[name].dtype == dtype, f"{name} to have dtype {dtype}", found[name].dtype)
         initial = self.weights()
-        mask_layers(model, self.masks)
+        mask_layers(model, self.masks, sparse=None)
+        compressed = compressed_layers(model)
         with torch.no_grad():
             for name, parameter in named_parameters(model).items():
-                parameter.copy_(initial[name])
+                layer = compressed.get(name)
+                parameter.copy_(initial[name] if layer is None else initial[name][layer.weight_mask][:, None])
         return model
 
     def export(self, path: str | Path, model: nn.Module | None = None) -> Path:
@@ -272,20 +282,41 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical(name): parameter for name, parameter in model.named_parameters()}
 
 
-def mask_layers(model: nn.Module, masks: Mapping[str, Tensor], *, sparse: bool = False) -> nn.Module:
+def compressed_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """canonical name of the dense weight -> the layer that holds its survivors only."""
+    return {
+        canonical(f"{path}.weight" if path else "weight"): module
+        for path, module in model.named_modules()
+        if isinstance(module, SparseLayer)
+    }
+
+
+def dense_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The same, with the dense weight, zero where pruned, for a layer of compressed storage."""
+    found: dict[str, Tensor] = dict(named_parameters(model))
+    return found | {name: layer.to_dense().weight.detach() for name, layer in compressed_layers(model).items()}
+
+
+def mask_layers(model: nn.Module, masks: Mapping[str, Tensor], *, sparse: bool | None = False) -> nn.Module:
     """sparsify, with canonical names."""
     from initperf.convert import sparsify
 
-    actual = {canonical(n): n for n, _ in model.named_parameters()}
+    compressed = compressed_layers(model)
+    actual = {canonical(n): n for n, _ in model.named_parameters() if canonical(n) not in compressed}
+    for path, module in model.named_modules():
+        if isinstance(module, SparseLayer):
+            name = f"{path}.weight" if path else "weight"
+            actual[canonical(name)] = name
     return sparsify(model, {actual[name]: mask for name, mask in masks.items()}, sparse=sparse)
 
 
 def model_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The masks of the model's layers: buffers `weight_mask` beside a parameter `weight`."""
+    """The masks of the model's layers: buffers `weight_mask` beside a parameter `weight`, and those of compressed layers."""
     suffix = "_mask"
     names = named_parameters(model)
     found = {canonical(n.removesuffix(suffix)): b for n, b in model.named_buffers() if n.endswith(suffix)}
-    return {name: mask.bool() for name, mask in found.items() if name in names}
+    masks = {name: mask.bool() for name, mask in found.items() if name in names}
+    return masks | {name: layer.weight_mask for name, layer in compressed_layers(model).items()}
 
 
 class _Digest:

@@ -534,3 +534,39 @@ def test_controls_as_a_string_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(InitPerfError, match="controls as a list"):
         TicketSearch(lambda: nn.Linear(4, 4), rounds=1, controls="reinit", out=out)
     assert not out.exists()
+
+
+def test_a_search_on_compressed_layers_finds_the_tickets_of_masked_ones(tmp_path):
+    x = torch.randn(64, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = (x[:, 0] > 0).long()
+
+    def make_model():
+        return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2)).double()
+
+    tickets = []
+    for sparse in (False, True):
+        out = tmp_path / str(sparse)
+        search = TicketSearch(
+            make_model,
+            rounds=2,
+            fractions=0.5,
+            controls=("reinit", "shuffle"),
+            trials=1,
+            seed=0,
+            out=out,
+            sparse=sparse,
+        )
+        for run in search:
+            optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+            for iteration in (1, 2, 3):
+                loss = nn.functional.cross_entropy(run.model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                run.log(iteration, val_loss=loss.item())
+            if run.level:
+                assert type(run.model[0]).__name__ == ("SparseLinear" if sparse else "MaskedLinear")
+        tickets.append([Ticket.load(out / "tickets" / f"trial0-level{level}.safetensors") for level in (1, 2)])
+    for masked, compressed in zip(*tickets, strict=True):
+        assert masked.sha256 == compressed.sha256
+        assert all(torch.equal(mask, compressed.masks[name]) for name, mask in masked.masks.items())

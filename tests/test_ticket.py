@@ -11,6 +11,7 @@ from tolerance import bits
 from torch import nn
 
 from initperf.checks import InitPerfError
+from initperf.convert import sparsify
 from initperf.experiments.recipes import mlp
 from initperf.init import initialize
 from initperf.prune import magnitude
@@ -263,3 +264,31 @@ def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(InitPerfError, match="can be written"):
         lenet()[2].save(tmp_path / "absent" / "t.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_a_ticket_of_compressed_layers_is_that_of_masked_ones_and_applies_to_either(seeded, tmp_path):
+    def model(sparse):
+        net = nn.Sequential(nn.Linear(20, 33), nn.ReLU(), nn.Linear(33, 5))
+        inits = initialize(net, "kaiming_normal", seed=7)
+        sparsify(net, masks, sparse=sparse)
+        return net, inits if seeded else None
+
+    generator = torch.Generator().manual_seed(0)
+    masks = {
+        name: torch.rand(shape, generator=generator) < 0.3
+        for name, shape in (("0.weight", (33, 20)), ("2.weight", (5, 33)))
+    }
+    (masked, inits), (compressed, _) = model(False), model(True)
+    expected, ticket = Ticket.from_model(masked, inits=inits), Ticket.from_model(compressed, inits=inits)
+    assert ticket.sha256 == expected.sha256
+    assert all(torch.equal(ticket.masks[name], mask) for name, mask in masks.items())
+    path = ticket.save(tmp_path / "t.safetensors")
+    for sparse in (False, True):
+        fresh = nn.Sequential(nn.Linear(20, 33), nn.ReLU(), nn.Linear(33, 5))
+        sparsify(fresh, {name: torch.ones_like(mask) for name, mask in masks.items()}, sparse=sparse)
+        applied = Ticket.load(path).apply(fresh)
+        for name, layer in (("0", applied[0]), ("2", applied[2])):
+            assert type(layer).__name__ == ("SparseLinear" if sparse else "MaskedLinear")
+            dense = layer.to_dense().weight
+            assert torch.equal(dense, masked.get_submodule(name).weight)
