@@ -26,6 +26,8 @@ def reduced_dims(x: torch.Tensor, dim: int | Sequence[int] | None) -> set[int]:
             fail("dim to be an int or a sequence of ints", type(d).__name__, kind=InitPerfTypeError)
         if not -max(x.dim(), 1) <= d < max(x.dim(), 1):
             fail(f"dim to be within the {x.dim()} dimensions of the tensor", d)
+        if d % max(x.dim(), 1) in reduced:
+            fail("every dimension at most once in dim", dim)
         reduced.add(d % max(x.dim(), 1))
     return reduced or set(range(x.dim()))
 

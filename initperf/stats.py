@@ -116,6 +116,8 @@ def moments(
     if not isinstance(correction, (int, float)):
         fail("correction to be a number", type(correction).__name__, kind=InitPerfTypeError)
     device = listed[0].device
+    if device.type == "meta":
+        fail("tensors with values", "tensors[0] on the meta device", kind=InitPerfRuntimeError)
     views, shapes, kept = [], [], []
     for i, x in enumerate(listed):
         if x.dtype not in FLOATS:
@@ -124,6 +126,8 @@ def moments(
             fail(f"all tensors on one device ({device})", f"tensors[{i}] on {x.device}", kind=InitPerfRuntimeError)
         if x.layout is not torch.strided:
             fail(f"tensors[{i}] to be dense (layout torch.strided)", x.layout, kind=InitPerfRuntimeError)
+        if x.is_neg():  # a lazy minus sign, which the memory does not show
+            x = x.resolve_neg()
         if dim is None and x.is_contiguous():
             views.append(x)
             shapes.append((1, 1, x.numel(), 0, 0))

@@ -391,6 +391,8 @@ def test_a_forked_child_gives_the_same_bits():
         (lambda: moments({"weight": torch.ones(2)}), "dict"),
         (lambda: moments(torch.ones(2)).raw(-1), "power"),
         (lambda: moments(torch.ones(2), dim=1.0), "dim"),
+        (lambda: moments(torch.ones(2, 2), dim=(0, -2)), "once"),
+        (lambda: moments(torch.ones(2, device="meta")), "meta"),
         (lambda: moments(torch.ones(2), order=3), "order"),
         (lambda: moments(torch.ones(2), correction="1"), "correction"),
         (lambda: moments(torch.ones(2)).central(5), "power"),
@@ -399,6 +401,13 @@ def test_a_forked_child_gives_the_same_bits():
 def test_bad_arguments_are_named(wrong, message):
     with pytest.raises(InitPerfError, match=message):
         wrong()
+
+
+def test_a_lazily_negated_tensor_is_read_as_its_values():
+    x = torch.randn(5, 7, dtype=torch.complex128).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(moments(x).mean, x.mean())
+    torch.testing.assert_close(moments([x], dim=0).min, x.amin(0))
 
 
 def test_torch_is_asked_for_one_small_tensor():
