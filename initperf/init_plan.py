@@ -213,7 +213,7 @@ def _check_pretrained(model: nn.Module, tasks: list[Task]) -> None:
     """On the meta device every parameter must get values, which a run without memory shows. Elsewhere it may keep its own."""
     missing = [t for t in tasks if t.pretrained and t.fallback is None and t.place.parameter.is_meta]
     if missing:
-        written = pretrained.init_weights(model, 0)
+        written = pretrained.rehearsed(model)
         for task in missing:
             check(
                 id(task.place.parameter) in written,

@@ -16,7 +16,7 @@ from initperf.checks import (
     check_seed,
     fail,
 )
-from initperf.filling import Figures, fill, local
+from initperf.filling import SEPARATE, Figures, fill, local
 from initperf.init_plan import Scheme, Task, attach_masks, plan
 from initperf.materialize import check_buffers, materialize
 from initperf.pretrained import init_weights
@@ -27,7 +27,7 @@ from initperf.stats import moments
 
 
 class Record(NamedTuple):
-    """What one parameter got. init is None where no distribution says it all; measured is (mean, variance) with stats=True."""
+    """What one parameter got. init, asked are None where no distribution says it all; measured is (mean, variance) with stats=True."""
 
     name: str
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class Initialized(Mapping[str, Init]):
     def __str__(self) -> str:
         rows = [("parameter", "shape", "values", "stream", *self._heads())]
         for r in self.records:
-            figures = [f"{m[i]:.4g} / {a[i]:.4g}" for m, a in [(r.measured, r.asked)] if m and a for i in (0, 1)]
+            figures = [f"{m:.4g} / {f'{r.asked[i]:.4g}' if r.asked else '-'}" for i, m in enumerate(r.measured or ())]
             rows.append((r.name, " x ".join(map(str, r.shape)) or "()", r.text, f"{r.stream:016x}", *figures))
         widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)).rstrip() for row in rows]
@@ -103,7 +103,7 @@ def initialize(
     check((rescale == "measured") == (sample is not None), 'sample exactly with rescale="measured"', f"{rescale=}")
     on_meta = any(t.memory.is_meta for t in tasks)
     check(on_meta or device is None, "device only for a model on the meta device", device)
-    check_buffers(model)
+    buffers = check_buffers(model)
     layers = {t.place.module: t.mask for t in tasks if t.mask is not None} if rescale == "measured" else {}
     if rescale == "measured":
         check(not on_meta, 'a model with memory for rescale="measured"', "one on the meta device")
@@ -113,7 +113,7 @@ def initialize(
     with torch._C.DisableTorchFunction():  # torch.device as a context must not move the seed's tensor
         seed = rng.draw_seed(None) if seed is None else check_seed(seed)
 
-    if on_meta:
+    if on_meta or buffers:
         moved = materialize(model, device or "cpu")
         for task in tasks:
             task.memory = moved[id(task.memory)]
@@ -122,18 +122,21 @@ def initialize(
     exact: set[str] = set()
     figures: Figures = {}
     with torch.no_grad():
-        _execute(model, tasks, seed, rescale, stats, exact, figures)
+        _execute(model, tasks, seed, rescale, stats, buffers, exact, figures)
         if layers:
             measured(model, sample, layers)
         if stats:
             _measure([t for t in tasks if t.name not in figures], figures)
     records = [
-        Record(
-            t.name, t.shape, t.text, t.stream, t.init, t.init.moments(t.shape) if t.init else None, figures.get(t.name)
-        )
-        for t in tasks
+        Record(t.name, t.shape, t.text, t.stream, t.init, _asked(t, rescale), figures.get(t.name)) for t in tasks
     ]
     return Initialized(seed, records, exact)
+
+
+def _asked(task: Task, rescale: str | None) -> tuple[float, float] | None:
+    """Mean and variance of a survivor, as far as the distribution alone tells: not of one that is scaled by its values or its unit."""
+    masked = task.mask is not None or task.bits is not None
+    return None if task.init is None or (masked and rescale in SEPARATE) else task.init.moments(task.shape)
 
 
 def _measure(tasks: list[Task], figures: Figures) -> None:
@@ -153,6 +156,7 @@ def _execute(
     seed: int,
     rescale: str | None,
     stats: bool,
+    buffers: bool,
     exact: set[str],
     figures: Figures,
 ) -> None:
@@ -163,7 +167,8 @@ def _execute(
     for task in tasks:
         if task.given and task.place.leaf == "weight" and hasattr(task.place.module, "set_mask"):
             task.place.module.set_mask(task.mask)  # type: ignore[operator]
-    _init_pretrained(model, tasks, seed)
+    if buffers or any(t.pretrained for t in tasks):
+        _init_pretrained(model, tasks, seed)
     tasks = [t for t in tasks if not t.pretrained]
     resets = any(t.reset is not None for t in tasks)
     fill([t for t in tasks if not (resets and t.ruled)], seed, rescale, stats, exact, figures)
@@ -178,8 +183,6 @@ def _execute(
 
 def _init_pretrained(model: nn.Module, tasks: list[Task], seed: int) -> None:
     """transformers' `_init_weights` for what it alone knows; what it leaves gets its class's own, or stays."""
-    if not any(t.pretrained for t in tasks):
-        return
     kept = [(t.memory, t.memory.clone()) for t in tasks if t.keep]
     written = init_weights(model, seed)
     for memory, values in kept:

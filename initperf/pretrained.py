@@ -38,10 +38,9 @@ def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, Any]]:
 
 
 def init_weights(model: nn.Module, seed: int) -> set[int]:
-    """Run `_init_weights` for every module, seeded by the seed and its name. Returns the ids of the parameters it wrote."""
-    parameters = list(model.parameters())
-    before = {id(p): p._version for p in parameters}
-    tensors = [*parameters, *model.buffers()]
+    """Run `_init_weights` for every module, seeded by the seed and its name. Returns the ids of the parameters and buffers it wrote."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = {id(t): t._version for t in tensors}
     flags = [t.__dict__.pop(_FLAG, None) for t in tensors]
     try:
         for path, module, owner in owned(model):
@@ -51,4 +50,15 @@ def init_weights(model: nn.Module, seed: int) -> set[int]:
         for tensor, flag in zip(tensors, flags, strict=True):
             if flag is not None:
                 setattr(tensor, _FLAG, flag)
-    return {id(p) for p in parameters if p._version != before[id(p)]}
+    return {id(t) for t in tensors if t._version != before[id(t)]}
+
+
+def rehearsed(model: nn.Module) -> set[int]:
+    """Ids of what `_init_weights` writes, found on the meta device, where that costs nothing; what has memory gets its values back."""
+    real = [(t, t.clone()) for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
+    written = init_weights(model, 0)
+    with torch.no_grad():
+        for tensor, values in real:
+            if id(tensor) in written:
+                tensor.copy_(values)
+    return written

@@ -19,7 +19,7 @@ from torch.utils._device import DeviceContext
 
 from initperf import dropins, rng
 from initperf.checks import InitPerfError, check_seed
-from initperf.sampling import is_plain
+from initperf.sampling import is_plain, written
 
 _THREAD = threading.local()
 _LOCK = threading.Lock()
@@ -116,6 +116,8 @@ def _function(original: Callable[..., Tensor], ours: Callable[..., Tensor], posi
             generator = args[position] if len(args) > position else rest.pop("generator", None)
             if _try(ours, block, tensor, *args[1:position], generator=generator, **rest):
                 return tensor
+            if isinstance(tensor, Tensor) and tensor.is_meta:  # torch's own may leave these as they are
+                written((tensor,))
         return original(*args, **kwargs)
 
     return replaced

@@ -26,7 +26,7 @@ _STRIDED = torch.strided
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_transform = torch._C._functorch.peek_interpreter_stack
 _inference_mode = torch.is_inference_mode_enabled
-_written: Callable[[tuple[Tensor]], None] = torch._C._increment_version
+written: Callable[[tuple[Tensor]], None] = torch._C._increment_version
 
 _SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
 
@@ -74,7 +74,7 @@ def write(tensor: Tensor, distribution: Distribution, seed: int, stream: int) ->
     """Sample into a plain tensor, its row-major position being the index; nothing is checked."""
     if has_own_memory(tensor):
         ops.implementation("sample_", "cpu" if tensor.is_cpu else "cuda")(tensor, *distribution, seed, stream)
-        _written((tensor,))
+        written((tensor,))
         return tensor
     values = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device if tensor.is_cuda else "cpu")
     with torch.no_grad():
@@ -96,7 +96,7 @@ def write_many(
     """
     op = ops.implementation("sample_many_", tensors[0].device.type)
     result = op(tensors, distributions, streams, seed, masks if any(m is not None for m in masks) else None, moments)
-    _written(tuple(tensors))  # type: ignore[arg-type]
+    written(tuple(tensors))  # type: ignore[arg-type]
     return result
 
 
@@ -126,7 +126,7 @@ def write_shard(
     op = ops.implementation("sample_", tensor.device.type)
     if tensor.numel():
         fill(tensor, 0, 0)
-        _written((tensor,))
+        written((tensor,))
     return tensor
 
 

@@ -195,6 +195,10 @@ def test_running_statistics_start_anew_and_padding_rows_are_zero():
     assert (model["embedding"].weight[2] == 0).all()
     assert (model["embedding"].weight[3] != 0).all()
     assert "embedding.weight" not in result  # f(seed, stream, index) alone does not give it back
+    kept = nn.Parameter(torch.ones(9, 4))
+    model["embedding"].weight = kept
+    initialize(model, seed=1, rules={"embedding.*": "keep"})
+    assert (kept == 1).all()
 
 
 @pytest.mark.parametrize("scheme", ["kaiming_normal", "xavier_uniform", "trunc_normal", "orthogonal", "timm"])
@@ -547,6 +551,28 @@ def test_stats_measure_what_was_asked():
         else:
             assert (mean, variance) == (0, 0)
     assert "variance / asked" in str(result)
+
+
+def test_stats_of_what_no_distribution_tells_are_shown_without_it():
+    model = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40))
+    mask = half((50, 60))
+    for rescale in ("unit", "squares"):
+        kept = {"1.*": "keep"}
+        result = initialize(
+            model, "kaiming_normal", seed=3, stats=True, masks={"0.weight": mask}, rescale=rescale, rules=kept
+        )
+        records = {r.name: r for r in result.records}
+        assert records["0.weight"].asked is None  # twice the dense variance or so, which its Init does not say
+        assert records["1.weight"].asked is None
+        mean, variance = records["1.weight"].measured
+        row = next(line for line in str(result).splitlines() if line.startswith("1.weight"))
+        assert f"{mean:.4g} / -" in row
+        assert f"{variance:.4g} / -" in row
+    scaled = initialize(model, "kaiming_normal", seed=3, stats=True, masks={"0.weight": mask}, rescale="layer").records[
+        0
+    ]
+    assert scaled.asked[1] == pytest.approx(2 / 60 * mask.numel() / int(mask.sum()))
+    assert scaled.measured[1] == pytest.approx(scaled.asked[1], rel=0.2)
 
 
 @pytest.mark.parametrize(

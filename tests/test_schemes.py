@@ -9,6 +9,7 @@ from scipy import stats as scipy_stats
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from initperf import InitPerfError
 from initperf.init import describe, initialize
 
 # class -> how to make one with enough values for a comparison
@@ -249,6 +250,37 @@ def test_without_a_scheme_a_transformers_model_starts_as_its_own_init_weights_do
             assert "_init_weights" in text[name], name
     assert changed >= 5
     assert flags == [getattr(m, "_is_hf_initialized", None) for m in model.modules()]
+
+
+@pytest.mark.parametrize("scheme", [None, "xavier_normal"])
+@pytest.mark.parametrize("family", ["Bert", "Llama", "ViT", "Mamba", "ResNet"])
+def test_a_transformers_model_from_the_meta_device_gets_the_same_parameters_and_buffers(family, scheme):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from families import build
+
+    real = build(family)
+    with torch.device("meta"):
+        model = build(family)
+    initialize(real, scheme, seed=1)
+    initialize(model, scheme, seed=1)
+    want, got = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (real, model))
+    assert want.keys() == got.keys()
+    for name, tensor in want.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_a_transformers_model_with_unknown_buffers_on_the_meta_device_is_refused_and_untouched():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from families import build
+
+    with torch.device("meta"):
+        model = build("Llama")
+    model.norm.weight = nn.Parameter(torch.full((96,), 5.0))
+    model.layers[0].register_buffer("scale", torch.ones(3, device="meta"))
+    with pytest.raises(InitPerfError, match="layers.0.scale"):
+        initialize(model, seed=1)
+    assert (model.norm.weight == 5).all()
+    assert model.layers[0].mlp.up_proj.weight.is_meta
 
 
 def test_a_named_scheme_and_rules_on_a_transformers_model_leave_the_rest_to_its_init_weights():
