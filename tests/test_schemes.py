@@ -252,6 +252,14 @@ def test_without_a_scheme_a_transformers_model_starts_as_its_own_init_weights_do
     assert flags == [getattr(m, "_is_hf_initialized", None) for m in model.modules()]
 
 
+def test_the_fan_in_of_transformers_conv1d_is_its_first_dimension():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from families import build
+
+    result = initialize(build("GPT2"), "kaiming_normal", seed=1)
+    assert result["transformer.h.0.attn.c_attn.weight"].args[1] == pytest.approx(math.sqrt(2 / 96))
+
+
 @pytest.mark.parametrize("scheme", [None, "xavier_normal"])
 @pytest.mark.parametrize("family", ["Bert", "Llama", "ViT", "Mamba", "ResNet"])
 def test_a_transformers_model_from_the_meta_device_gets_the_same_parameters_and_buffers(family, scheme):
