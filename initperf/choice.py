@@ -43,7 +43,7 @@ MODES = ("auto", "sparse", "dense")
 Table = dict[str, list[list[float]]]  # "kind/bytes of an element" -> [rows][weights] -> break-even density
 
 _log = logging.getLogger("initperf")
-_mode = os.environ.get("INITPERF_PRODUCTS", "auto")
+_mode = os.environ.get("INITPERF_PRODUCTS") or "auto"
 check(_mode in MODES, f"INITPERF_PRODUCTS to be one of {', '.join(MODES)}", _mode)
 
 

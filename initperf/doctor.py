@@ -17,7 +17,7 @@ from initperf.findings import NONE, Table, joined, percent, size
 from initperf.selfcheck import agrees
 
 PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib")
-REGISTERING = ("init", "masked", "prune", "stats")  # modules that enter ops into ops.MODULES
+REGISTERING = ("init", "masked", "sparse", "conv", "prune", "stats")  # modules that enter ops into ops.MODULES
 VECTORS = {  # LLVM's feature names, and what people call them
     "avx2": "AVX2",
     "fma": "FMA",
@@ -136,6 +136,7 @@ def _break_even() -> dict[str, Any]:
     """Densities below which the sparse kernels run on the CPU: float32, by product, batch rows and weights of a layer."""
     threads = torch.get_num_threads()
     return {
+        "mode": choice._mode,
         "measured_here": choice.measured(threads) is not None,
         "threads": threads,
         "rows": choice.ROWS,
@@ -160,7 +161,7 @@ def _break_even_table(found: dict[str, Any]) -> Table:
     origin = (
         f"measured on this machine with {found['threads']} threads"
         if found["measured_here"]
-        else "built in and cautious: `initperf doctor --calibrate` measures this machine's in less than a minute"
+        else "built in and cautious: `initperf doctor --calibrate` measures this machine's in a minute or two"
     )
     return Table("Sparse kernels run below these densities (float32)", heads, lines, [f"The figures are {origin}."])
 
@@ -177,6 +178,10 @@ def _advice(found: dict[str, Any]) -> list[str]:
         )
     elif slow := [name for name, op in described.items() if op["backend"]["cpu"] == "reference"]:
         said.append(f"{joined(slow)}: no CPU kernel in this version; plain torch runs instead.")
+    if found["break_even"]["mode"] != "auto":
+        said.append(
+            f"INITPERF_PRODUCTS={found['break_even']['mode']} is set: the break-even densities below are not used. Unset it."
+        )
     if found["gpus"] and versions["triton"] is None:
         said.append("triton is not installed: on the GPU every op runs in plain torch. `pip install triton`.")
     if not found["gpus"] and Path("/dev/nvidia0").exists():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from initperf import ops, rng
+from initperf.pattern import pack_bits
 
 Check = Callable[[Callable[..., Any], str], list[Tensor]]  # (launcher, device) -> outputs to compare
 _PACKAGES = {"reference": "initperf.reference", "numba": "initperf.kernels.cpu", "triton": "initperf.kernels.gpu"}
@@ -98,8 +99,43 @@ def _check_masked(name: str, launch: Callable[..., Any], device: str) -> list[Te
     return [product(given["x"], given["weight"], given["bias"], given["mask"], pattern, True)]
 
 
+def _check_sparse(name: str, launch: Callable[..., Any], device: str) -> list[Tensor]:
+    """One of the three products of a compressed weight, or the index that they read."""
+    given, home = _masked(device), import_module(f"{launch.__module__.rpartition('.')[0]}.sparse_linear")
+    values, bits = given["weight"][given["mask"]][:, None], pack_bits(given["mask"])
+    index = home.sparse_tensors(given["mask"])
+    if name == "sparse_grad_values":
+        return [launch(given["dy"], given["x"], bits, index)]
+    by_columns = [home.sparse_grad_input(given["dy"], values, bits, 300, index)]
+    if name == "sparse_grad_input":
+        return by_columns
+    y = home.sparse_linear(given["x"], values, given["bias"], bits, 80, index)
+    return [y, *by_columns] if name == "sparse_tensors" else [y]
+
+
+def _check_conv(name: str, launch: Callable[..., Any], device: str) -> list[Tensor]:
+    """One of the three convolutions, or the index that they read."""
+    home = import_module(f"{launch.__module__.rpartition('.')[0]}.conv")
+    mask = (torch.arange(10 * 6 * 9) * 7919 % 100 < 30).view(10, 6, 3, 3).to(device)
+    x, dy, bias = (_integers(*shape, device=device) for shape in ((17, 6, 8, 9), (17, 10, 8, 9), (10,)))
+    weight = torch.where(mask, _integers(10, 6, 3, 3, device=device), 0)
+    index, geometry = home.conv_pattern_tensors(mask, 1, False), ((1, 1), (1, 1), (1, 1), 1)
+    if name == "masked_conv2d_grad_input":
+        return [launch(dy, weight, mask, index, mask.shape, (8, 9), *geometry, True)]
+    if name == "masked_conv2d_grad_weight":
+        return [launch(dy, x, mask, index, mask.shape, *geometry)]
+    return [home.masked_conv2d(x, weight, bias, mask, index, mask.shape, *geometry, True)]
+
+
+def _check_sample_many(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    outs = [torch.empty(size, device=device) for size in (2500, 7)]
+    launch(outs, [rng.uniform(-1, 1, torch.float32), rng.normal(0, 1)], [3, 4], 7)
+    return outs
+
+
 CHECKS: dict[str, Check] = {
     "sample_": _check_sample,
+    "sample_many_": _check_sample_many,
     "orthogonal_": _check_orthogonal,
     "kth_smallest": _check_kth_smallest,
     "cut": _check_cut,
@@ -108,4 +144,12 @@ CHECKS: dict[str, Check] = {
     "masked_linear": partial(_check_masked, "masked_linear"),
     "masked_grad_input": partial(_check_masked, "masked_grad_input"),
     "masked_grad_weight": partial(_check_masked, "masked_grad_weight"),
+    "sparse_tensors": partial(_check_sparse, "sparse_tensors"),
+    "sparse_linear": partial(_check_sparse, "sparse_linear"),
+    "sparse_grad_input": partial(_check_sparse, "sparse_grad_input"),
+    "sparse_grad_values": partial(_check_sparse, "sparse_grad_values"),
+    "conv_pattern_tensors": partial(_check_conv, "conv_pattern_tensors"),
+    "masked_conv2d": partial(_check_conv, "masked_conv2d"),
+    "masked_conv2d_grad_input": partial(_check_conv, "masked_conv2d_grad_input"),
+    "masked_conv2d_grad_weight": partial(_check_conv, "masked_conv2d_grad_weight"),
 }

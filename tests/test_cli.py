@@ -297,7 +297,14 @@ def test_doctor_finds_every_op_equal_to_its_reference(call):
     code, out, err = call("doctor", "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
-    assert set(found["ops"]) >= {"sample_", "masked_linear", "moments", "kth_smallest"}
+    assert set(found["ops"]) >= {
+        "sample_",
+        "masked_linear",
+        "sparse_linear",
+        "masked_conv2d",
+        "moments",
+        "kth_smallest",
+    }
     assert {name: op["equal"] for name, op in found["ops"].items() if op["equal"] is not True} == {}
     assert all(op["backend"]["cpu"] == "numba" for op in found["ops"].values())
     assert (
@@ -314,6 +321,14 @@ def test_doctor_says_what_is_slow_and_what_to_do(call, monkeypatch):
     monkeypatch.setattr(ops, "_available", lambda compiler: False)
     monkeypatch.setattr("initperf.doctor._version", lambda name: None if name == "numba" else "1")
     assert "`pip install numba`" in call("doctor", "--no-check")[1]
+
+
+def test_doctor_says_that_the_choice_of_products_is_overridden(call):
+    from initperf.choice import prefer
+
+    with prefer("dense"):
+        assert "INITPERF_PRODUCTS=dense is set" in call("doctor", "--no-check")[1]
+    assert "INITPERF_PRODUCTS" not in call("doctor", "--no-check")[1]
 
 
 def test_doctor_fails_when_a_kernel_disagrees(call, monkeypatch):
