@@ -186,7 +186,7 @@ def test_every_slot_of_the_transposed_index_names_its_survivor():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (31, 33), (400, 301), (2, 1 << 16)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (31, 33), (399, 331), (2, 1 << 16)])
 @pytest.mark.parametrize("density", [0.0, 0.2, 0.99])
 def test_expanding_and_compressing_are_the_definition(shape, density, dtype):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < density
