@@ -76,7 +76,8 @@ def test_scale_undoes_a_scaled_or_summed_loss():
 
 def test_accumulated_batches_read_as_one():
     model, x = mlp(10, 20, 5), torch.randn(32, 10)
-    with VarianceMonitor(model) as monitor:
+    x[:8] += 1.0  # batches of different means
+    with VarianceMonitor(model, costly_every=1) as monitor:
         for part in (x[:8], x[8:]):
             model(part).sum().backward()
         monitor.step()
@@ -85,8 +86,28 @@ def test_accumulated_batches_read_as_one():
         monitor.step()
     rows = {(step, name): row for step, name, row in monitor.rows()}
     for name in ("0", "2"):
-        for key in ("forward_var", "backward_var", "weight_grad_var"):
+        for key in ("forward_var", "backward_var", "weight_grad_var", "skew", "kurtosis"):
             assert math.isclose(rows[0, name][key], rows[1, name][key], rel_tol=1e-5, abs_tol=1e-12)
+
+
+def test_non_finite_values_of_all_calls_are_counted():
+    model, x = mlp(10, 20, 5), torch.randn(32, 10)
+    x[3, 0] = x[20, 0] = math.nan
+    with VarianceMonitor(model) as monitor:
+        for part in (x[:8], x[8:]):
+            model(part)
+        monitor.step()
+    assert monitor.scalars()["0/forward_nonfinite"] == 2 * 20
+
+
+def test_gradients_with_respect_to_inputs_are_unscaled_too():
+    model, x, want = mlp(10, 20, 5), torch.randn(16, 10), {}
+    for scale in (1.0, 64.0):
+        with VarianceMonitor(model, scale=scale) as monitor:
+            (scale * model(x).square().mean()).backward()
+            monitor.step()
+        want[scale] = monitor.scalars()["2/input_grad_var"]
+    assert 0 < want[64.0] == pytest.approx(want[1.0], rel=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

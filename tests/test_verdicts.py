@@ -1,6 +1,7 @@
 """Verdicts: planted faults are named, healthy networks are passed in silence, and check_init leaves no trace."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from initperf import check_init
 from initperf.checks import InitPerfError
+from initperf.faults import Evidence
 from initperf.monitor import VarianceMonitor
 from initperf.verdicts import THRESHOLDS, judge
 
@@ -292,6 +294,19 @@ def test_tables_and_the_picture_say_the_same():
     lines = verdicts.figure().axes[0].get_lines()
     assert [len(line.get_xdata()) for line in lines] == [13, 13]
     assert lines[0].get_ydata()[-1] > 1000 * lines[0].get_ydata()[0]
+
+
+def test_the_std_is_compared_with_that_of_the_fan_in():
+    model = nn.Sequential(nn.Linear(50, 200), nn.ReLU(), nn.Linear(200, 10))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.normal_(0, 3 * math.sqrt(2 / layer.in_features))
+    with VarianceMonitor(model) as monitor:
+        model(x(64, 50)).square().mean().backward()
+        monitor.step()
+    evidence = Evidence.of(monitor)
+    assert evidence.std_ratio("0") == pytest.approx(3, rel=0.05)
+    assert evidence.std_ratio("2") == pytest.approx(3 * math.sqrt(2), rel=0.05)  # no activation follows: LeCun's
 
 
 def test_every_threshold_has_its_reason():
