@@ -28,7 +28,7 @@ def lightning_callback(*, log_every: int = 50, **settings: Any) -> Any:
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             plugin = getattr(trainer, "precision_plugin", None)
-            own = {"scaler": getattr(plugin, "scaler", None)}
+            own: dict[str, Any] = {"scaler": getattr(plugin, "scaler", None)}
             self.monitor = VarianceMonitor(pl_module, **(own | settings)).attach()
 
         def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -73,7 +73,8 @@ def hugging_face_callback(**settings: Any) -> Any:
         monitor: VarianceMonitor | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            own = {"scaler": getattr(kwargs.get("optimizer"), "scaler", None)}  # of accelerate's wrapper, for float16
+            optimizer = kwargs.get("optimizer")  # accelerate's wrapper, which knows the scaler of float16
+            own: dict[str, Any] = {"scaler": getattr(optimizer, "scaler", None)}
             self.monitor = VarianceMonitor(model, **(own | settings)).attach()
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
