@@ -67,7 +67,8 @@ def sparsify(
     after, brings one with state along.
     Raises, and changes nothing, for a name that is no such weight, a mask of wrong shape or dtype, a weight tied to another
     parameter, and layers whose forward is never called, as in nn.MultiheadAttention. Conv1D layers of transformers' GPT-2,
-    whose weight is (inputs, outputs), stay dense.
+    whose weight is (inputs, outputs), stay dense. Compressed layers have no `weight`: leave out layers whose model reads it
+    (transformers' ViT asks its patch embedding for `projection.weight.dtype`), and densify before save_pretrained.
     """
     check((masks is None) != (density is None), "either masks or density", "both" if masks is not None else "neither")
     layers = layers_by_weight(model)
@@ -156,7 +157,11 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str
             )
         if len(shared[id(weight)]) > 1:
             names = " = ".join(shared[id(weight)])
-            fail("weights of one layer each", f"the tied weights {names} (leave them out)", kind=InitPerfRuntimeError)
+            fail(
+                "weights of one layer each",
+                f"the tied weights {names} (leave them out: name the others in masks=, or by globs in density=)",
+                kind=InitPerfRuntimeError,
+            )
         if weight.dtype not in FLOATS:
             fail(f"{name} to be float32, bfloat16, float16 or float64", weight.dtype)
 

@@ -294,7 +294,10 @@ def compressed_layers(model: nn.Module) -> dict[str, SparseLayer]:
 def dense_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The same, with the dense weight, zero where pruned, for a layer of compressed storage."""
     found: dict[str, Tensor] = dict(named_parameters(model))
-    return found | {name: layer.to_dense().weight.detach() for name, layer in compressed_layers(model).items()}
+    for name, layer in compressed_layers(model).items():
+        weight: Any = layer.to_dense().weight
+        found[name] = weight.detach()
+    return found
 
 
 def mask_layers(model: nn.Module, masks: Mapping[str, Tensor], *, sparse: bool | None = False) -> nn.Module:
