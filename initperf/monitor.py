@@ -25,9 +25,9 @@ class VarianceMonitor:
     """Watches every layer of `model` that holds a parameter, by hooks; no copies of the model.
 
     `step()` ends a step. Each gives, by layer: forward_var of its output f (the pre-activation), backward_var of dl/df,
-    input_var of its input h (the activation before it), input_grad_var of dl/dh, over batch and units, and
-    <parameter>_grad_var of every parameter; every `costly_every` steps also skew and kurtosis of f, `dead` (the share of
-    ReLU units above 0 for no input of the last `window` such steps), and <weight>_update_ratio = rms of the update that
+    input_var of its input h (the activation before it), input_grad_var of dl/dh, over batch and units; every
+    `costly_every` steps also <parameter>_grad_var of every parameter, skew and kurtosis of f, `dead` (the share of ReLU
+    units above 0 for no input of the last `window` such steps), and <weight>_update_ratio = rms of the update that
     follows / rms of the weight (from at most 2^14 of its values, evenly spaced).
 
     Gradients are those of an unscaled mean loss: they are divided by `scale`, by the samples of the step where
@@ -147,7 +147,8 @@ class VarianceMonitor:
                     "another model (a copy) is trained, or it was only evaluated (eval mode, no gradients).",
                     stacklevel=2,
                 )
-            self._measure_parameters(gradients)
+            if self.costly:
+                self._measure_parameters(gradients)
             self._finish_scales()
             for name, highest in self._highest.items():
                 if self.trace.activations.get(name) not in RELU_LIKE:

@@ -444,3 +444,16 @@ def test_under_ddp_every_process_reads_its_own_batch_and_the_averaged_gradient(t
         assert math.isclose(scalars["0/forward_var"], want["0/forward_var"], rel_tol=1e-5)
         assert math.isclose(scalars["0/backward_var"], want["0/backward_var"], rel_tol=1e-4)
         assert math.isclose(scalars["0/weight_grad_var"], whole["0/weight_grad_var"], rel_tol=1e-4)
+
+
+def test_parameters_are_measured_with_the_costlier_statistics_and_scalars_keep_their_last_value():
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    with VarianceMonitor(model, costly_every=3) as monitor:
+        for _ in range(5):
+            model.zero_grad()
+            model(torch.randn(8, 5)).square().mean().backward()
+            monitor.step()
+    costly = {step for step, _, row in monitor.rows() if "weight_grad_var" in row}
+    assert costly == {0, 3}
+    assert {step for step, _, row in monitor.rows() if "forward_var" in row} == set(range(5))
+    assert "0/weight_grad_var" in monitor.scalars()

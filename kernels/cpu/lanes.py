@@ -7,6 +7,7 @@ the values i, i + stride, i + 2 stride..., in float64 and in registers, so resul
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numba
@@ -249,20 +250,28 @@ def _lane_sums(typingctx: Any, arguments: Any) -> Any:
     return types.void(types.UniTuple(types.uintp, _ARGUMENTS)), codegen
 
 
-def with_address(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba.cfunc (its result has an `address`), cached where jit caches."""
+class with_address:
+    """Like numba.cfunc(signature), cached where jit caches, and compiled when its `address` is first asked for."""
 
-    def decorate(function: Callable[..., Any]) -> Any:
+    def __init__(self, signature: Any) -> None:
+        self._signature = signature
+
+    def __call__(self, function: Callable[..., Any]) -> with_address:
+        self._function = function
+        return self
+
+    @cached_property
+    def address(self) -> int:
         config: Any = numba.config
         before, config.CACHE_DIR = config.CACHE_DIR, str(CACHE_DIR)
         try:
-            return numba.cfunc(signature, cache=True)(function)
+            self._compiled = numba.cfunc(self._signature, cache=True)(self._function)
         except RuntimeError:  # no writable cache folder
-            return numba.cfunc(signature)(function)
+            self._compiled = numba.cfunc(self._signature)(self._function)
         finally:
             config.CACHE_DIR = before
-
-    return decorate
+        found: Any = self._compiled.address
+        return int(found)
 
 
 @with_address(types.void(*[types.uintp] * _ARGUMENTS))

@@ -332,9 +332,6 @@ def _moments(tensors, read, order, correction, workers, team, share, channels, t
     return True
 
 
-_READ, _SHARE = lane_sums.address, _share.address
-
-
 @jit(error_model="numpy")
 def _moments_of_one(address, kind, size, a, c, i, step_a, step_c, *rest):
     tensors = np.empty((1, ACROSS), np.int64)
@@ -363,8 +360,9 @@ def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int
     channels = sum([shape[1] for shape in shapes])
     table = torch.empty((VALUES, channels), dtype=torch.float64)
     result = channels, table.data_ptr()
-    common = _READ, order, correction, 1 if is_forked() else torch.get_num_threads(), team(), _SHARE, *result
+    read = lane_sums.address
+    common = read, order, correction, 1 if is_forked() else torch.get_num_threads(), team(), _share.address, *result
     done = _moments_of_one(*rows[0], *common) if len(rows) == 1 else _moments(np.array(rows, np.int64), *common)
     if not done:
-        _parallel(np.array(rows, np.int64), _READ, order, correction, threads(), *result)
+        _parallel(np.array(rows, np.int64), read, order, correction, threads(), *result)
     return table
