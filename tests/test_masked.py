@@ -425,7 +425,7 @@ def test_what_cannot_be_masked_is_refused_by_name_and_nothing_changes():
             "first": nn.Linear(8, 8),
             "tied": Tied(),
             "attention": nn.MultiheadAttention(8, 2),
-            "conv": nn.Conv2d(3, 4, 3),
+            "conv": nn.Conv1d(3, 4, 3),
             "pruned": prune.random_unstructured(nn.Linear(8, 8), "weight", 0.5),
         }
     )
@@ -434,7 +434,7 @@ def test_what_cannot_be_masked_is_refused_by_name_and_nothing_changes():
     for name, mask, what in (
         ("tied.head.weight", mask_of(16, 8), "tied weights tied.embedding.weight = tied.head.weight"),
         ("attention.out_proj.weight", mask_of(8, 8), "attention .nn.MultiheadAttention. reads itself"),
-        ("conv.weight", torch.ones(4, 3, 3, 3, dtype=torch.bool), "nn.Linear weights"),
+        ("conv.weight", torch.ones(4, 3, 3, dtype=torch.bool), "nn.Linear or nn.Conv2d"),
         ("pruned.weight", mask_of(8, 8), "prune.remove"),
         ("missing.weight", mask_of(8, 8), "missing.weight"),
         ("tied.body.weight", mask_of(8, 9), "shape"),
