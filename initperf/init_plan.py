@@ -155,6 +155,8 @@ def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str
         choice is None or isinstance(choice, (str, Init, rng.Distribution, int, float))
     ):
         fail(f"the scheme of {task.name} to be {_CHOICES}", f"{choice!r}", kind=InitPerfTypeError)
+    if isinstance(choice, str) and "(" in choice:
+        choice = schemes.written(choice)
     if isinstance(choice, str) and choice not in schemes.NAMES:
         fail(f"the scheme of {task.name} to be {_CHOICES}", repr(choice))
     if choice == "keep":

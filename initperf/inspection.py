@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from initperf.checks import check, fail
+from initperf.checks import check
 from initperf.explain import Description, describe_file
 from initperf.findings import NONE, Table, count_of, percent, size
 from initperf.report import flatten
-from initperf.schemes import Init
+from initperf.schemes import Init, written
 from initperf.ticket import KEY, Ticket
 
 
@@ -38,13 +37,7 @@ def _parsed(text: str) -> tuple[str, str | Init]:
     """("*.weight", "kaiming_normal") of "*.weight=kaiming_normal"; an Init of "*.weight=normal(0, 0.02)"."""
     pattern, equals, scheme = (part.strip() for part in text.partition("="))
     check(bool(pattern and equals and scheme), "--expect to be GLOB=SCHEME", repr(text))
-    call = re.fullmatch(r"(\w+)\((.*)\)", scheme)
-    if call is None:
-        return pattern, scheme
-    try:
-        return pattern, Init(call[1], tuple(float(number) for number in call[2].split(",")))
-    except ValueError:
-        fail("numbers between the brackets of --expect", repr(text))
+    return pattern, written(scheme) if "(" in scheme else scheme
 
 
 def _is_ticket(path: Path) -> bool:

@@ -82,7 +82,7 @@ def initialize(
     """Initialize all parameters in place: value = f(seed, stream of the parameter's name, index). Nothing is touched unless all of it fits.
 
     scheme: None or "torch" (what each class's reset_parameters means), "kaiming_normal", "kaiming_uniform", "xavier_normal",
-    "xavier_uniform", "trunc_normal", "orthogonal", "gpt2", "timm", "zeros", "ones", "keep"; or a function of (name, parameter,
+    "xavier_uniform", "trunc_normal", "orthogonal", "gpt2", "timm", "zeros", "ones", "keep", or "normal(0, 0.02)" and the like; or a function of (name, parameter,
     module) that returns such a name, an Init, a Distribution, a number, or None for the class's own. Named schemes mean
     weights of two and more dimensions; biases get 0, norms 1 and 0, embeddings N(0, 1) (gpt2, timm, trunc_normal: std 0.02).
     rules: {glob of names: scheme}; the last glob that matches a name counts, and one that matches none raises.
@@ -101,6 +101,9 @@ def initialize(
         fail(f"rescale to be one of {', '.join(MODES)} or None", rescale)
     attach_masks(tasks, masks or {}, rescale)
     check((rescale == "measured") == (sample is not None), 'sample exactly with rescale="measured"', f"{rescale=}")
+    if rescale is not None:
+        masked = any(t.mask is not None or t.bits is not None for t in tasks)
+        check(masked, f"masks for rescale={rescale!r} (masks=, or layers that have their own)", "none")
     on_meta = any(t.memory.is_meta for t in tasks)
     check(on_meta or device is None, "device only for a model on the meta device", device)
     buffers = check_buffers(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -268,6 +269,17 @@ SCHEMES: dict[str, Callable[[Place], Init]] = {
 }
 _EMBEDDED = ("trunc_normal", "gpt2", "timm")  # schemes that mean embeddings too; with the others those are N(0, 1)
 NAMES = (*SCHEMES, "torch", "zeros", "ones", "keep")
+
+
+def written(text: str) -> Init:
+    """The Init of "normal(0, 0.02)", "uniform(-1, 1)", ...: a function of Init and its numbers."""
+    call = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text)
+    if call is None:
+        fail("a scheme as NAME(NUMBER, ...)", repr(text))
+    try:
+        return Init(call[1], tuple(float(number) for number in call[2].split(",")))
+    except ValueError:
+        fail("a scheme as NAME(NUMBER, ...), such as 'normal(0, 0.02)'", repr(text))
 
 
 def named(scheme: str, place: Place, by_itself: Init | None) -> Init | None:

@@ -813,3 +813,22 @@ def test_masks_are_applied_to_a_model_that_comes_from_the_meta_device():
         initialize(real, seed=1, masks={"0.weight": mask}, rescale=rescale)
         initialize(empty, seed=1, masks={"0.weight": mask}, rescale=rescale)
         assert same(real.state_dict(), empty.state_dict())
+
+
+def test_a_scheme_may_be_written_as_a_function_and_its_numbers():
+    by_text, by_init = (nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 7)) for _ in range(2))
+    initialize(by_text, "normal(0, 0.02)", rules={"1.*": " uniform(-1,1) "}, seed=3)
+    initialize(by_init, Init("normal", (0.0, 0.02)), rules={"1.*": Init("uniform", (-1.0, 1.0))}, seed=3)
+    for got, want in zip(by_text.parameters(), by_init.parameters(), strict=True):
+        assert torch.equal(got, want)
+    for wrong in ("normal(0)", "normal(a, b)", "normal(0, 0.02", "nothing(1)"):
+        before = [p.clone() for p in by_text.parameters()]
+        with pytest.raises(ValueError, match="Expected"):
+            initialize(by_text, wrong, seed=0)
+        assert all(torch.equal(a, b) for a, b in zip(before, by_text.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rescale", ["layer", "unit", "squares"])
+def test_rescale_without_any_mask_is_an_error(rescale):
+    with pytest.raises(ValueError, match="masks for rescale"):
+        initialize(nn.Linear(4, 3), "kaiming_normal", seed=0, rescale=rescale)

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -421,21 +422,18 @@ def test_a_step_of_a_model_that_never_ran_is_named():
         monitor.step()
 
 
-def _watch_under_ddp(rank: int, path: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+def _watch_under_ddp(rank: int) -> dict[str, float]:
     model = mlp(10, 20, 5)
     ddp = nn.parallel.DistributedDataParallel(model)
     x = torch.randn(32, 10, generator=torch.Generator().manual_seed(1))
     with VarianceMonitor(ddp) as monitor:
         ddp(x[rank::2]).square().mean().backward()
         monitor.step()
-    torch.save(monitor.scalars(), f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return monitor.scalars()
 
 
 def test_under_ddp_every_process_reads_its_own_batch_and_the_averaged_gradient(tmp_path):
-    torch.multiprocessing.spawn(_watch_under_ddp, (str(tmp_path),), nprocs=2)
-    got = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    got = processes.run(_watch_under_ddp, tmp_path)
     model = mlp(10, 20, 5)
     x = torch.randn(32, 10, generator=torch.Generator().manual_seed(1))
     whole = definition(model, x)
