@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from initperf.checks import InitPerfError
-from initperf.experiments.recipes import mlp
+from initperf.experiments.networks import mlp
 from initperf.search import TicketSearch
 from initperf.ticket import Ticket
 
