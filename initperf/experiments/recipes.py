@@ -6,6 +6,7 @@ and appendices; their own MNIST code; open_lth).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -16,6 +17,7 @@ from initperf.checks import check, fail
 from initperf.experiments.networks import network, small_network
 from initperf.search import SPARSE_BELOW
 
+OPTIMIZERS = ("adam", "sgd")
 REDUCED = "reduced budget"
 COSTS = ("iterations", "rounds", "trials", "reinits")
 BUDGETS: dict[str, dict[str, int]] = {
@@ -23,9 +25,9 @@ BUDGETS: dict[str, dict[str, int]] = {
     "medium": {"iterations": 5000, "rounds": 15, "trials": 5, "reinits": 1},
     "paper": {},
 }
-CONVOLUTIONAL = {  # a step takes about a hundred times longer than LeNet's
-    "quick": {"iterations": 300, "rounds": 6, "trials": 1, "reinits": 1},
-    "medium": {"iterations": 2000, "rounds": 12, "trials": 2, "reinits": 1},
+CONVOLUTIONAL = {  # a step of Conv-2 takes 150 times longer than LeNet's, and an evaluation as long as 70 steps
+    "quick": {"iterations": 300, "rounds": 5, "trials": 1, "reinits": 1, "evaluate_every": 150},
+    "medium": {"iterations": 2000, "rounds": 12, "trials": 2, "reinits": 1, "evaluate_every": 250},
 }
 
 
@@ -71,10 +73,19 @@ class Recipe:
         budget = budget or "paper"
         check(budget in BUDGETS, f"a budget of {', '.join(BUDGETS)}", repr(budget))
         limits = BUDGETS[budget] | (CONVOLUTIONAL.get(budget, {}) if self.channels else {})
-        numbers = {k: min(v, getattr(self, k)) for k, v in limits.items()}
+        cheaper = {"evaluate_every": max}
+        numbers = {k: cheaper.get(k, min)(v, getattr(self, k)) for k, v in limits.items()}
         numbers |= {k: v for k, v in given.items() if v is not None}
         less = {k: f"{v:,} of {getattr(self, k):,}" for k, v in numbers.items() if k in COSTS and v < getattr(self, k)}
-        return replace(self, **numbers, budget=REDUCED if less else None, reduced=less)
+        if (every := numbers.get("evaluate_every", 0)) > self.evaluate_every:
+            less["evaluate_every"] = f"{every:,}, not {self.evaluate_every:,}"
+        found = replace(self, **numbers, budget=REDUCED if less else None, reduced=less)
+        for name, least in (("iterations", 1), ("evaluate_every", 1), ("batch", 1), ("warmup", 0)):
+            check(getattr(found, name) >= least, f"{name} to be at least {least}", getattr(found, name))
+        check(0 < found.lr < math.inf, "lr, the learning rate, to be above 0 and finite", found.lr)
+        check(found.optimizer in OPTIMIZERS, f"an optimizer of {', '.join(OPTIMIZERS)}", repr(found.optimizer))
+        check(len(found.hidden) > 0 and min(*found.hidden, *found.channels, 1) > 0, "widths above 0", found.hidden)
+        return found
 
     def parsed(self, name: str, text: str) -> Any:
         """The value of field `name` from `text`, by the kind of its present value: "300,100", "fc*:0.2,fc3*:0.1", "1e-3"."""
@@ -84,8 +95,8 @@ class Recipe:
         parts = [part for part in text.split(",") if part]
         try:
             if isinstance(now, dict):
-                pairs = (part.rpartition(":") for part in parts)
-                return {glob: float(value) for glob, _, value in pairs}
+                pairs = (part.rsplit(":", 1) for part in parts)
+                return {glob: float(value) for glob, value in pairs}
             if isinstance(now, tuple):
                 kind: type = {"controls": str, "learning_rates": float}.get(name, int)
                 return tuple(kind(part) for part in parts)
