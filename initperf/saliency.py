@@ -53,7 +53,7 @@ def synflow(model: nn.Module, batches: Iterable[Any], loss: Loss | None = None) 
             if tensor.is_floating_point():
                 tensor.abs_()
     first: Any = next(iter(batches), None)
-    x = first if isinstance(first, Tensor) or first is None else first[0]
+    x = first[0] if isinstance(first, (tuple, list)) else first
     if not isinstance(x, Tensor):
         fail("batches of tensors, or of tuples that begin with one", type(x).__name__)
     weights = _weights(model)
