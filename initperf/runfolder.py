@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -120,6 +121,9 @@ class RunFolder:
     def write_tables(self, networks: Iterable[Network], *, whole: bool = True) -> None:
         """results.csv, and if `whole` curves.csv and movement.csv, from the records of the finished ones of `networks`."""
         with FileLock(self.networks / "tables.lock"):
+            for name in ("results", "curves", "movement", "config"):
+                for path in self.path.glob(f".{name}.*"):  # of a killed process: this one has the lock
+                    path.unlink(missing_ok=True)
             done = [(n, r) for n in sorted(networks, key=lambda n: n.order) if (r := self.record(n)) is not None]
             write_csv(self.path / "results.csv", RESULTS, [r["row"] for _, r in done])
             if not whole:
@@ -137,7 +141,11 @@ class RunFolder:
 
     def clear(self, network: Network) -> None:
         """Remove what a killed process left half written; only for the holder of the network's lock."""
-        for path in self.networks.glob(f".{network.name}.*"):
+        stale = [self.networks.glob(f".{network.name}.*")]
+        if network.kind == "ticket" and network.lr is None:  # one holder in a trial at a time, since each level needs the last
+            places = ((self.tickets, "*"), (self.networks, "rewind*"), (self.networks, "*-kept*"))
+            stale += [folder.glob(f".trial{network.trial}-{name}") for folder, name in places]
+        for path in itertools.chain(*stale):
             path.unlink(missing_ok=True)
 
     def kept(self, trial: int, level: int) -> Path:
