@@ -43,6 +43,7 @@ MODES = ("auto", "sparse", "dense")
 Table = dict[str, list[list[float]]]  # "kind/bytes of an element" -> [rows][weights] -> break-even density
 
 _log = logging.getLogger("initperf")
+_calibrated = True
 _mode = os.environ.get("INITPERF_PRODUCTS") or "auto"
 check(_mode in MODES, f"INITPERF_PRODUCTS to be one of {', '.join(MODES)}", _mode)
 
@@ -76,6 +77,19 @@ def prefer(mode: str) -> Iterator[None]:
         _mode = before
 
 
+@contextmanager
+def built_in() -> Iterator[None]:
+    """Within the block the built-in table counts: results do not depend on whether, or when, this machine was calibrated."""
+    global _calibrated
+    before, _calibrated = _calibrated, False
+    forget()
+    try:
+        yield
+    finally:
+        _calibrated = before
+        forget()
+
+
 @lru_cache(maxsize=4096)
 def break_even(kind: str, rows: int, weights: int, itemsize: int, threads: int) -> float:
     """Density below which the sparse kernel is the faster, interpolated in the logarithms of rows and weights."""
@@ -101,7 +115,7 @@ def _between(grid: Sequence[int], value: int) -> tuple[int, float]:
 @cache
 def tables(threads: int) -> Table:
     """The measured table of this machine, or the built-in one."""
-    found = measured(threads)
+    found = measured(threads) if _calibrated else None
     return found if found is not None else BUILT_IN
 
 
