@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from initperf import findings
+from initperf.analysis import FOLDER, write_analysis
+from initperf.analysis_findings import movement_table, overlap_table, own_rates_table, survivors_table
 from initperf.files import write_atomically
 from initperf.findings import Table, percent
 from initperf.results import Run, read_run
+from initperf.survivors import Overlap, Survivors, examine
+
+FIGURES = {
+    "How weights moved": "Kept by the pruning after a training against pruned; dashed: the permutation null, which has the selection and not the training.",
+    "Initial values of survivors": "Values before training of those that survive, in standard deviations of their layer's initialization (appendix F.1); dashed: all of them.",
+    "Layers and masks": "Which part of every layer survives, and how many survivors two trials share.",
+}
 
 _CSS = """
 :root { color-scheme: light; --ink: #1d2430; --soft: #5c6675; --line: #e3e6ea; --blue: #0072b2; }
@@ -55,12 +64,17 @@ a { color: var(--blue); }
 def write_report(run_dir: str | Path, compare: str | Path | None = None) -> Path:
     """Write RUN/report.html from the run's csv and json files; `compare` adds a second run (another learning rate, say)."""
     run = read_run(run_dir)
-    page = render(run, read_run(compare) if compare is not None else None)
+    other = read_run(compare) if compare is not None else None
+    found = examine(run)
+    write_analysis(run, *found)
+    page = render(run, other, *found)
     return write_atomically(run.folder / "report.html", page)
 
 
-def render(run: Run, other: Run | None = None) -> str:
-    """The page as text."""
+def render(
+    run: Run, other: Run | None = None, survivors: Sequence[Survivors] = (), overlaps: Sequence[Overlap] = ()
+) -> str:
+    """The page as text; survivors and overlaps as initperf.survivors.examine finds them."""
     found = findings.verdict(run)
     labels = "".join(f"<b>{escape(label)}</b>" for label in findings.labels(run))
     tag = f"Lottery ticket · {escape(str(run.config.get('recipe', run.folder.name)))}{labels}"
@@ -73,7 +87,9 @@ def render(run: Run, other: Run | None = None) -> str:
     ]
     if other is not None:
         parts.append(_comparison(run, other))
-    parts += [_table(table) for table in findings.tables(run)]
+    levels, *tables = findings.tables(run)
+    parts += [_table(levels), _analysis(run, list(survivors), list(overlaps))]
+    parts += [_table(table) for table in tables]
     parts += [
         "<h2>Recipe</h2>",
         _table_body(["setting", "value"], [list(pair) for pair in flatten(run.config)], text=True),
@@ -153,13 +169,35 @@ def _figures(run: Run, other: Run | None) -> str:
         ),
         (
             "How soon",
-            "Left: iteration of early stopping. Right: median iteration at which the dense network's best validation loss is reached.",
+            "As the paper's figure 4: iteration of early stopping; median iteration at which the dense network's best validation loss is reached; accuracy at the end.",
             figures.speed_figure(run),
+            "wide",
+        ),
+        (
+            "Accuracy during training",
+            "As the paper's figure 3: the ticket at several levels, and two levels with every control; means and ranges over trials.",
+            figures.training_figure(run),
             "wide",
         ),
         ("Validation loss", "Means during training, and range over trials.", figures.curves_figure(run), "wide"),
     ]
     return '<div class="figures">' + "".join(_figure(*figure) for figure in shown) + "</div>"
+
+
+def _analysis(run: Run, survivors: list[Survivors], overlaps: list[Overlap]) -> str:
+    """Own learning rates, movement, initial values, overlap: as far as the run has them."""
+    from initperf import analysis_figures as figures
+
+    rates = own_rates_table(run)
+    parts = [_table(rates)] if rates else []
+    for table, title, svg in (
+        (movement_table(run), "How weights moved", figures.movement_figure(run)),
+        (survivors_table(run, survivors), "Initial values of survivors", figures.survivors_figure(run, survivors)),
+        (overlap_table(run, overlaps), "Layers and masks", figures.layers_figure(run, survivors, overlaps)),
+    ):
+        if table:
+            parts.append(_table(table, _figure(title, FIGURES[title], svg, "wide")))
+    return "".join(parts)
 
 
 def _figure(title: str, caption: str, svg: str | None, css: str) -> str:
@@ -172,9 +210,9 @@ def _figure(title: str, caption: str, svg: str | None, css: str) -> str:
     )
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, figure: str = "") -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
-    return f"<h2>{escape(table.title)}</h2>" + _table_body(table.columns, table.rows) + notes
+    return f"<h2>{escape(table.title)}</h2>{figure}" + _table_body(table.columns, table.rows) + notes
 
 
 def _table_body(columns: list[str], rows: list[list[str]], text: bool = False) -> str:
@@ -265,9 +303,10 @@ def _comparison(run: Run, other: Run) -> str:
 def _footer(run: Run) -> str:
     links = [
         name
-        for name in ("results.csv", "curves.csv", "steps.csv", "config.json", "summary.json")
+        for name in ("results.csv", "curves.csv", "movement.csv", "steps.csv", "config.json", "summary.json")
         if (run.folder / name).is_file()
     ]
+    links += [f"{FOLDER}/{path.name}" for path in sorted((run.folder / FOLDER).glob("*.csv"))]
     data = run.config.get("attribution", "")
     return (
         f"<footer><p>{escape(str(data))}</p><p>Every number here comes from "

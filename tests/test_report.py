@@ -17,8 +17,9 @@ from scipy import stats
 
 from initperf.checks import InitPerfError
 from initperf.findings import backends, levels_table, stretches, tables, verdict
+from initperf.paired import paired_difference, t_cdf, t_quantile
 from initperf.report import limitations, write_report
-from initperf.results import paired_difference, read_run, t_cdf, t_quantile
+from initperf.results import read_run
 
 VOID = {"meta", "img", "br", "link", "hr"}
 
