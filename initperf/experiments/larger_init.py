@@ -43,7 +43,7 @@ def run_larger_init(setting: Setting, scales: Sequence[float] = SCALES) -> Outco
                 {**row, **{f"growth_{n}": grown[row["trial"]][n] if network == "dense" else None for n in layers}}
                 for row in found
             ]
-    return Outcome("larger-init", rows, [_table(rows)], _figure(rows))
+    return Outcome("larger-init", rows, tables(rows), _figure(rows))
 
 
 def scaled_xavier(scale: float) -> Callable[[nn.Module, int], Any]:
@@ -77,7 +77,8 @@ def _initial(run: Run, trial: int) -> dict[str, Tensor]:
     return Ticket.load(run.folder / "tickets" / f"trial{trial}-level0.safetensors").weights()
 
 
-def _table(rows: list[dict]) -> Table:
+def tables(rows: list[dict]) -> list[Table]:
+    """Means over trials."""
     scales = list(dict.fromkeys(row["scale"] for row in rows))
     layers = [name for name in rows[0] if name.startswith("growth_")]
     shown = []
@@ -101,7 +102,7 @@ def _table(rows: list[dict]) -> Table:
         "trials); differences in points, with 95% interval. Growth: mean |w_T| / mean |w_0| - 1 of the dense network, by layer."
     ]
     columns = ["scale", "dense", "ticket", "re-initialized", "ticket minus it", f"ticket minus scale {scales[0]:g}"]
-    return Table("Larger initial weights (Xavier x scale)", [*columns, "growth of the layers"], shown, notes)
+    return [Table("Larger initial weights (Xavier x scale)", [*columns, "growth of the layers"], shown, notes)]
 
 
 def _figure(rows: list[dict]) -> str:

@@ -46,7 +46,7 @@ def run_rescale(setting: Setting) -> Outcome:
         row | {f"variance_{name}": 1.0 for name in layer_variances(setting.make(), setting.sample)}
         for row in rows_of(dense, 0, start="dense", rescale="none", density=1.0)
     ]
-    return Outcome("rescale", rows, [_table(rows)], _figure(rows))
+    return Outcome("rescale", rows, tables(rows), _figure(rows))
 
 
 @torch.no_grad()
@@ -76,7 +76,8 @@ def layers_of(rows: list[dict]) -> list[str]:
     return [name for name in rows[0] if name.startswith("variance_")]
 
 
-def _table(rows: list[dict]) -> Table:
+def tables(rows: list[dict]) -> list[Table]:
+    """Means over trials."""
     shown = []
     for start in STARTS.values():
         for mode in ALL:
@@ -100,7 +101,7 @@ def _table(rows: list[dict]) -> Table:
         "on a batch restored. Test accuracy at early stop: mean (least-greatest over trials), difference with 95% interval."
     ]
     columns = ["survivors", "rescaled by", "variance over dense", "test accuracy", "minus not rescaled"]
-    return Table("Rescaled initial weights", columns, shown, notes)
+    return [Table("Rescaled initial weights", columns, shown, notes)]
 
 
 def _figure(rows: list[dict]) -> str:

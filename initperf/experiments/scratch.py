@@ -52,7 +52,7 @@ def run_scratch(
             if level:
                 rows += scratch_rows(run, level, equal, **about, network="Scratch-E")
                 rows += scratch_rows(run, level, None, **about, network="Scratch-B")
-    return Outcome("scratch", rows, _tables(rows), _figure(rows))
+    return Outcome("scratch", rows, tables(rows), _figure(rows))
 
 
 def compute(density: float, most: float) -> float:
@@ -83,7 +83,8 @@ def scratch_rows(run: Run, level: int, until: int | None, **about: Any) -> list[
     return found
 
 
-def _tables(rows: list[dict]) -> list[Table]:
+def tables(rows: list[dict]) -> list[Table]:
+    """Means over trials, at early stop and at the end."""
     return [
         _table(rows, column, title)
         for column, title in ((ACCURACY, "at early stop"), ("final_test_accuracy", "at the end"))

@@ -49,7 +49,7 @@ def run_width(
         rows += rows_of(run, 0, **about, network="dense", survivors=total)
         rows += rows_of(run, rounds, **about, network="ticket", survivors=left)
         rows += rows_of(again, 0, **about, network="reinit", survivors=left)
-    return Outcome("width", rows, [_table(rows)], _figure(rows))
+    return Outcome("width", rows, tables(rows), _figure(rows))
 
 
 def schedule(model: nn.Module, survivors: int, fraction: float) -> tuple[int, dict[str, float]]:
@@ -71,7 +71,8 @@ def schedule(model: nn.Module, survivors: int, fraction: float) -> tuple[int, di
     return rounds, {name: high * (0.5 if name == last else 1) for name in sizes}
 
 
-def _table(rows: list[dict]) -> Table:
+def tables(rows: list[dict]) -> list[Table]:
+    """Means over trials."""
     widths = list(dict.fromkeys(row["width"] for row in rows))
     shown = []
     for width in widths:
@@ -94,7 +95,7 @@ def _table(rows: list[dict]) -> Table:
     notes = [
         "Test accuracy at early stop: mean (least-greatest over trials); differences in points, with 95% interval."
     ]
-    return Table("Width, at equal survivors", [*columns, "minus the narrowest ticket"], shown, notes)
+    return [Table("Width, at equal survivors", [*columns, "minus the narrowest ticket"], shown, notes)]
 
 
 def _figure(rows: list[dict]) -> str:
