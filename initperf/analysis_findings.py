@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TypeVar
 
 from initperf.analysis import movement_gap, movement_of
-from initperf.findings import NONE, Table, accuracy, count_of, name_of, percent, points
+from initperf.findings import NONE, Table, accuracy, count_of, early_stop, name_of, percent, points
 from initperf.results import Run
 from initperf.survivors import Overlap, Survivors
 
 MOST_LEVELS = 6
+SAME_DENSITY = 0.02  # relative: levels of two runs that may be set side by side
 T = TypeVar("T")
 
 
@@ -41,7 +43,8 @@ def movement_table(run: Run) -> Table | None:
             beyond = f"{gap.beyond.mean:+.4f}"
             if gap.beyond.trials > 1:
                 beyond += f" ({gap.beyond.low:+.4f} to {gap.beyond.high:+.4f})"
-            explained = f"{100 * gap.explained:.0f}%" if gap.measured.sign else NONE
+            explained = f"{100 * min(gap.explained, 1):.0f}%" if gap.measured.sign else NONE
+            explained = "> " * (gap.explained > 1 and gap.measured.sign != 0) + explained
             rows.append([name if level == levels[0] else "", percent(run.density(level)), *shown, beyond, explained])
     notes = [
         "Weights that the pruning after a training kept, against those it pruned, all layers together, in the units of the "
@@ -145,3 +148,21 @@ def own_rates_table(run: Run) -> Table | None:
     ]
     columns = ["surviving", "network", "learning rate", "test accuracy at early stop", "ticket minus it"]
     return Table("Each at its own best learning rate", columns, rows, notes)
+
+
+def side_by_side(run: Run, other: Run, names: tuple[str, str]) -> Table | None:
+    """Both runs at the densities that they share."""
+    rows = []
+    for level in run.levels:
+        there = [at for at in other.levels if math.isclose(run.density(level), other.density(at), rel_tol=SAME_DENSITY)]
+        for kind in (k for k in run.kinds if there and k in other.kinds and (level or k == "ticket")):
+            cells = [
+                cell
+                for one, at in ((run, level), (other, there[0]))
+                for cell in (accuracy(one.spread(at, kind, "early_stop_test_accuracy")), early_stop(one, at, kind))
+            ]
+            rows.append(
+                [percent(run.density(level)) if kind == "ticket" else "", name_of(kind) if level else "dense", *cells]
+            )
+    columns = [f"{name}: {what}" for name in names for what in ("test accuracy at early stop", "early stop")]
+    return Table("Side by side", ["surviving", "network", *columns], rows, []) if rows else None

@@ -11,9 +11,10 @@ from typing import Any
 
 from initperf import findings
 from initperf.analysis import FOLDER, write_analysis
-from initperf.analysis_findings import movement_table, overlap_table, own_rates_table, survivors_table
+from initperf.analysis_findings import movement_table, overlap_table, own_rates_table, side_by_side, survivors_table
 from initperf.files import write_atomically
 from initperf.findings import Table, percent
+from initperf.report_style import CSS
 from initperf.results import Run, read_run
 from initperf.survivors import Overlap, Survivors, examine
 
@@ -22,43 +23,6 @@ FIGURES = {
     "Initial values of survivors": "Values before training of those that survive, in standard deviations of their layer's initialization (appendix F.1); dashed: all of them.",
     "Layers and masks": "Which part of every layer survives, and how many survivors two trials share.",
 }
-
-_CSS = """
-:root { color-scheme: light; --ink: #1d2430; --soft: #5c6675; --line: #e3e6ea; --blue: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 44px 28px 64px; }
-.tag { color: var(--soft); font-size: .84rem; letter-spacing: .02em; }
-.tag b { color: #8a4b00; background: #fff3df; border-radius: 4px; padding: 2px 8px; margin-left: 8px; font-weight: 600; }
-h1 { font-size: 1.9rem; line-height: 1.28; font-weight: 650; letter-spacing: -.012em; margin: .5rem 0 1.1rem; max-width: 34em; text-wrap: balance; }
-h2 { font-size: 1.12rem; margin: 2.6rem 0 .7rem; }
-ul.said { margin: 0; padding-left: 1.1em; color: #333d4b; max-width: 62em; }
-ul.said li { margin: .18rem 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 0 28px; margin: 1.8rem 0 .6rem; border-top: 1px solid var(--line); }
-.facts div { padding: 12px 0; border-bottom: 1px solid var(--line); }
-.facts b { display: block; font-size: 1.35rem; font-weight: 620; letter-spacing: -.01em; }
-.facts span { color: var(--soft); font-size: .84rem; }
-.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 34px 36px; margin-top: 2rem; }
-figure { margin: 0; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
-figure img { width: 100%; display: block; }
-figcaption { color: var(--soft); font-size: .86rem; margin-bottom: .35rem; }
-figcaption b { color: var(--ink); display: block; font-size: .98rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--soft); font-weight: 500; padding: 5px 22px 5px 0; border-bottom: 1px solid #b9c0c9; vertical-align: bottom; }
-td { padding: 3px 22px 3px 0; vertical-align: top; white-space: nowrap; }
-tr.group td { border-top: 1px solid var(--line); padding-top: 7px; }
-tr.group:first-child td { border-top: 0; }
-tr.ticket td { color: var(--blue); font-weight: 600; }
-td.text { white-space: normal; overflow-wrap: anywhere; min-width: 16em; }
-p.note { color: var(--soft); font-size: .84rem; max-width: 62em; margin: .6rem 0 0; }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: 0 44px; }
-footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; color: var(--soft); font-size: .84rem; }
-a { color: var(--blue); }
-@media (max-width: 800px) { .figures, .two { grid-template-columns: minmax(0, 1fr); } h1 { font-size: 1.5rem; } }
-@media print { main { padding: 0; max-width: none; } figure, table { break-inside: avoid; } }
-"""
 
 
 def write_report(run_dir: str | Path, compare: str | Path | None = None) -> Path:
@@ -102,7 +66,7 @@ def render(
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+        f"<style>{CSS}</style>\n</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -196,7 +160,7 @@ def _analysis(run: Run, survivors: list[Survivors], overlaps: list[Overlap]) -> 
         (overlap_table(run, overlaps), "Layers and masks", figures.layers_figure(run, survivors, overlaps)),
     ):
         if table:
-            parts.append(_table(table, _figure(title, FIGURES[title], svg, "wide")))
+            parts.append(_table(table, _figure("", FIGURES[title], svg, "wide")))
     return "".join(parts)
 
 
@@ -204,9 +168,10 @@ def _figure(title: str, caption: str, svg: str | None, css: str) -> str:
     if svg is None:
         return ""
     data = base64.b64encode(svg.encode()).decode()
+    heading = f"<b>{escape(title)}</b>" if title else ""
     return (
-        f'<figure class="{css}"><figcaption><b>{escape(title)}</b>{escape(caption)}</figcaption>'
-        f'<img alt="{escape(title)}: {escape(caption)}" src="data:image/svg+xml;base64,{data}"></figure>'
+        f'<figure class="{css}"><figcaption>{heading}{escape(caption)}</figcaption><div class="scroll">'
+        f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{data}"></div></figure>'
     )
 
 
@@ -287,7 +252,7 @@ def _comparison(run: Run, other: Run) -> str:
     )
     said = "Their results are equal in every digit." if same else findings.verdict(other).headline
     names = run.folder.resolve().name, other.folder.resolve().name
-    table = findings.levels_table(other)
+    beside, whole = side_by_side(run, other, names), findings.levels_table(other)
     return (
         f"<h2>Compared with {escape(names[1])}</h2>"
         + _bullets([said])
@@ -296,7 +261,11 @@ def _comparison(run: Run, other: Run) -> str:
             if rows
             else '<p class="note">Their settings are the same.</p>'
         )
-        + ("" if same else _table_body(table.columns, table.rows))
+        + (
+            ""
+            if same
+            else (_table(beside) if beside else "") + _table(whole._replace(title=f"Every level of {names[1]}"))
+        )
     )
 
 

@@ -226,7 +226,7 @@ def test_the_report_is_one_page_that_loads_nothing(folder):
     text = write_report(folder).read_text()
     page = Page(text)
     assert not page.tags & {"script", "link", "iframe"}
-    assert len(page.images) == 4
+    assert len(page.images) == 5
     assert "@import" not in text
     assert "url(" not in text
     for image in page.images:

@@ -131,12 +131,13 @@ def accuracy_statement(
     figure: bool = True,
     budget: str = "",
     also: str = "",
+    what: str = "",
 ) -> Statement:
     """found: a difference of accuracies; claimed: the paper's, a fraction; figure=False: only its sign counts."""
     if found is None:
         return untested(source, text, "no such networks", budget)
     verdict = decide(found, claimed, None if figure else math.inf)
-    return Statement(source, text, f"{points(found)} points{also}", verdict, budget)
+    return Statement(source, text, f"{what}{points(found)} points{also}", verdict, budget)
 
 
 def all_of(verdicts: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from initperf.checks import check
 from initperf.experiments.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
 from initperf.experiments.side import Setting
 from initperf.experiments.side_figures import Panel, panels_figure
-from initperf.findings import Table, accuracy, percent, points
+from initperf.findings import NONE, Table, accuracy, percent, points
 from initperf.results import Run
 from initperf.running import Run as Training
 
@@ -95,30 +95,25 @@ def _table(rows: list[dict], column: str, title: str) -> Table:
     shown: list[list[str]] = []
     for lr in dict.fromkeys(row["lr"] for row in rows):
         dense = over_trials(rows, column, lr=lr, network="dense")
-        for density in sorted(
-            {row["density"] for row in rows if row["lr"] == lr and row["network"] == "ticket"}, reverse=True
-        ):
+        shown.append([f"{lr:g}", "100% (dense)", accuracy(dense), *[NONE] * 4])
+        levels = {row["density"] for row in rows if row["lr"] == lr and row["network"] == "ticket"}
+        for density in sorted(levels, reverse=True):
             at = {"lr": lr, "density": density}
-            longer = next(row["compute"] for row in rows if row["network"] == "Scratch-B" and row["density"] == density)
-            first = all(line[0] != f"{lr:g}" for line in shown)
+            ticket = at | {"network": "ticket"}
+            longer = next(r["compute"] for r in rows if (r["network"], r["density"]) == ("Scratch-B", density))
             shown.append(
                 [
-                    f"{lr:g}" if first else "",
-                    percent(density),
-                    accuracy(dense) if first else "",
-                    *(accuracy(over_trials(rows, column, **at, network=network)) for network in NETWORKS[1:]),
-                    f"x {longer:.3g}",
-                    *(
-                        points(compare(rows, column, at | {"network": "ticket"}, at | {"network": n}))
-                        for n in NETWORKS[2:]
-                    ),
+                    *("", percent(density)),
+                    *(accuracy(over_trials(rows, column, **at, network=network)) for network in NETWORKS[1:3]),
+                    f"{accuracy(over_trials(rows, column, **at, network='Scratch-B'))} x {longer:.3g}",
+                    *(points(compare(rows, column, ticket, at | {"network": network})) for network in NETWORKS[2:]),
                 ]
             )
     notes = [
-        "Scratch-E: the ticket's mask, fresh weights, as many iterations as the ticket; Scratch-B: longer, as the column "
-        "says, for the dense network's compute. Mean (least-greatest over trials); differences in points, with 95% interval."
+        "Scratch-E: the ticket's mask, fresh weights, as many iterations as the ticket; Scratch-B: as many times more as stand "
+        "beside it, for the dense network's compute. Mean (least-greatest over trials); differences in points, with 95% interval."
     ]
-    columns = ["learning rate", "surviving", *NETWORKS, "B's iterations", "ticket - Scratch-E", "ticket - Scratch-B"]
+    columns = ["learning rate", "surviving", *NETWORKS[1:], "ticket - E", "ticket - B"]
     return Table(f"Training from scratch: test accuracy {title}", columns, shown, notes)
 
 

@@ -71,10 +71,7 @@ def _experiments(folder: Path | None) -> tuple[dict[str, Rows], dict[str, str]]:
         path = folder / name / f"{name}.csv"
         if path.is_file():
             rows[name], about = read_rows(path), read_json(path.with_suffix(".json"))
-            label = "" if about["recipe"] == "lenet-paper" else f"on {about['data']}"
-            less = ", ".join(f"{key} {value}" for key, value in (about.get("reduced") or {}).items())
-            reduced = f"{about['budget']}{f': {less}' if less else ''}" if about.get("budget") else ""
-            budgets[name] = "; ".join(part for part in (label, reduced) if part)
+            budgets[name] = ", ".join(part for part in (about["data"], about.get("budget")) if part)
     return rows, budgets
 
 
@@ -85,10 +82,9 @@ def _summary(found: dict[str, list[Statement]], runs: list[Run], budgets: dict[s
     lines = [f"# Results\n\nOf {total} statements {verdicts}.\n"]
     for run in runs:
         missing = f", unfinished: {len(run.rows)} of {run.planned} networks" if len(run.rows) < run.planned else ""
-        budget = budget_of(run)
-        about = (
-            f"{findings.count_of(run.trials, 'trial')}{missing}{f', **{budget}**' if budget else ', the whole recipe'}"
-        )
+        less = ", ".join(f"{key} {value}" for key, value in (run.config.get("reduced") or {}).items())
+        budget = f", **{budget_of(run)}** ({less})" if budget_of(run) else ", the whole recipe"
+        about = f"{findings.count_of(run.trials, 'trial')}{missing}{budget}"
         lines.append(f"- {run.config.get('recipe')}: {about}. {run.config.get('attribution', '')}")
     lines += [f"- experiment {name}{f': **{budget}**' if budget else ''}" for name, budget in budgets.items()]
     return "\n".join(lines) + f"\n\n{RULES}"

@@ -24,7 +24,7 @@ from initperf.experiments.claims import (
     untested,
 )
 from initperf.experiments.outcome import ACCURACY
-from initperf.findings import percent, points
+from initperf.findings import name_of, percent, points
 from initperf.paired import Difference
 from initperf.results import Run
 
@@ -38,9 +38,8 @@ CONVOLUTIONAL = {  # times earlier, at; points better, at
 
 
 def budget_of(run: Run) -> str:
-    """ "reduced budget: iterations 1,000 of 50,000, ..." or ""."""
-    less = ", ".join(f"{key} {value}" for key, value in (run.config.get("reduced") or {}).items())
-    return f"{run.config['budget']}{f': {less}' if less else ''}" if run.config.get("budget") else ""
+    """ "reduced budget" or ""."""
+    return str(run.config.get("budget") or "")
 
 
 def lenet(run: Run) -> list[Statement]:
@@ -74,6 +73,7 @@ def lenet(run: Run) -> list[Statement]:
                 claimed,
                 figure=figure,
                 budget=budget,
+                what=f"ticket minus {'dense' if base == 0 else name_of(kind)}: ",
                 also=_peak(run) if figure and base == 0 else "",
             )
 
@@ -170,62 +170,63 @@ def convolutional(runs: Mapping[str, Run]) -> list[Statement]:
             )
         if levels[1] is not None:
             lead = run.lead(levels[1], "ticket", base=0)
-            second = accuracy_statement(SOURCE, texts[1], lead, better, budget=budget, also=_peak(run))
+            second = accuracy_statement(
+                SOURCE, texts[1], lead, better, budget=budget, what="ticket minus dense: ", also=_peak(run)
+            )
         found += [first, second]
     return found
 
 
 def movement(run: Run) -> list[Statement]:
-    """Appendix F.5 with its control."""
-    budget = budget_of(run)
+    """Appendix F.5 with its control, at every level that was trained and pruned."""
+    budget, source = budget_of(run), f"{SOURCE}, F.5"
     levels = [level for level in run.levels if movement_of(run, level)]
-    source = f"{SOURCE}, F.5"
-    texts = (
-        "Weights of the ticket move more in training than pruned ones",
-        "Weights of the ticket move away from zero",
-        "They move more than selection by final magnitude makes any weights seem to (the permutation null)",
-        "The null explains nearly all (at least 80%) of how much more they move",
-    )
     gaps = {level: gap for level in levels if (gap := movement_gap(run, level, "moved"))}
-    if not gaps:
-        return [untested(source, text, "no movement.csv", budget) for text in texts]
     grown = {level: found for level in levels if (found := growth(run, level))}
-    ends = (levels[0], levels[-1])
-
-    def said(values: Mapping[int, str]) -> str:
-        return "; ".join(f"{percent(run.density(level))}: {values[level]}" for level in dict.fromkeys(ends))
-
-    shares = {level: gap.explained for level, gap in gaps.items()}
-    tested = all(gap.measured.trials > 1 for gap in gaps.values())
-    nearly = all(share >= 0.8 for share in shares.values())
-    judged = [
+    rows: list[tuple[str, dict[int, str], dict[int, str]]] = [
         (
-            {level: _gap(gap.measured) for level, gap in gaps.items()},
-            all_of(decide(g.measured, 1, math.inf) for g in gaps.values()),
+            "Weights of the ticket move more in training than pruned ones",
+            *_judged({n: g.measured for n, g in gaps.items()}),
+        ),
+        ("Weights of the ticket move away from zero", *_judged(grown)),
+        (
+            "They move more than selection by final magnitude makes any weights seem to (the permutation null)",
+            *_judged({n: g.beyond for n, g in gaps.items()}),
         ),
         (
-            {level: _gap(value) for level, value in grown.items()},
-            all_of(decide(v, 1, math.inf) for v in grown.values()),
-        ),
-        (
-            {level: _gap(gap.beyond) for level, gap in gaps.items()},
-            all_of(decide(g.beyond, 1, math.inf) for g in gaps.values()),
-        ),
-        (
-            {level: _share(gap) for level, gap in gaps.items()},
-            (REPRODUCED if nearly else NOT_REPRODUCED) if tested else NOT_TESTED,
+            "The null explains nearly all (at least 80%) of how much more they move",
+            {level: f"{100 * gap.explained:.0f}%" for level, gap in gaps.items()},
+            {level: _explained(gap) for level, gap in gaps.items()},
         ),
     ]
-    return [
-        Statement(source, text, said(values), verdict, budget)
-        for text, (values, verdict) in zip(texts, judged, strict=True)
-    ]
+    return [_over_levels(run, source, *row, budget) for row in rows]
+
+
+def _judged(found: Mapping[int, Difference]) -> tuple[dict[int, str], dict[int, str]]:
+    """What is said of every level's difference, and the verdict: above 0 with 95% confidence."""
+    return {n: _gap(d) for n, d in found.items()}, {n: decide(d, 1, math.inf) for n, d in found.items()}
+
+
+def _explained(gap: Gap) -> str:
+    if gap.measured.trials < 2:
+        return NOT_TESTED
+    return REPRODUCED if gap.measured.sign > 0 and gap.explained >= 0.8 else NOT_REPRODUCED
+
+
+def _over_levels(
+    run: Run, source: str, text: str, said: Mapping[int, str], verdicts: Mapping[int, str], budget: str
+) -> Statement:
+    """Reproduced where it holds at every level."""
+    if not said:
+        return untested(source, text, "no movement.csv in the run", budget)
+    ends = dict.fromkeys((min(said), max(said)))
+    holds = sum(verdict == REPRODUCED for verdict in verdicts.values())
+    shown = "; ".join(f"at {percent(run.density(level))} {said[level]}" for level in ends)
+    return Statement(
+        source, text, f"holds at {holds} of {len(said)} levels; {shown}", all_of(verdicts.values()), budget
+    )
 
 
 def _gap(found: Difference) -> str:
     interval = f" ({found.low:+.4f} to {found.high:+.4f})" if found.trials > 1 else " (one trial)"
     return f"{found.mean:+.4f}{interval}"
-
-
-def _share(gap: Gap) -> str:
-    return f"{100 * gap.explained:.0f}% explained"
