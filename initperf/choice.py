@@ -64,6 +64,19 @@ def sparse_pays(
     return nnz < weights * break_even(kind, rows, weights, dtype.itemsize, torch.get_num_threads())
 
 
+@lru_cache(maxsize=4096)
+def _none_pays(
+    kinds: tuple[str, ...], rows: int, shape: tuple[int, int], nnz: int, dtype: torch.dtype, mode: str, threads: int
+) -> bool:
+    return not any(sparse_pays(kind, rows, shape, nnz, dtype, "cpu") for kind in kinds)
+
+
+def all_dense(storage: str, rows: int, shape: tuple[int, int], nnz: int, dtype: torch.dtype) -> bool:
+    """Whether on the CPU all three products of a layer run dense. storage: "masked" or "sparse"; the rest: see sparse_pays."""
+    kinds = KINDS[:3] if storage == "masked" else KINDS[3:]
+    return _none_pays(kinds, rows, shape, nnz, dtype, _mode, torch.get_num_threads())
+
+
 @contextmanager
 def prefer(mode: str) -> Iterator[None]:
     """Within the block "sparse" or "dense" products run wherever both exist, whatever the table says; "auto": as measured."""
@@ -162,6 +175,7 @@ def _processor() -> str:
 def forget() -> None:
     """Read the tables anew."""
     tables.cache_clear()
+    _none_pays.cache_clear()
     break_even.cache_clear()
 
 

@@ -29,6 +29,14 @@ def plain(x: Tensor) -> bool:
     )
 
 
+TINY = 1 << 14  # weights up to which three ops of torch take less time than Python's part of an autograd.Function
+
+
+def composed(x: Tensor, weights: int) -> bool:
+    """Whether a layer whose products are all dense is best left to torch's own ops and their gradients."""
+    return weights <= TINY and x.is_cpu and torch.is_grad_enabled() and plain(x)
+
+
 def below(op: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
     """An op as the forward of an autograd.Function calls it."""
     if plain(args[0]):

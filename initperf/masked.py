@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import masked_ops
+from initperf import choice, direct, masked_ops, ops
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
 from initperf.masked_layer import MaskedLayer
 
@@ -64,6 +64,12 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             # torch.func's transforms (vmap, jvp, grad) know torch's own product
             return nn.functional.linear(input, weight.masked_fill(~mask, 0), bias)
+        rows, columns = self.out_features, self.in_features
+        if direct.composed(flat, rows * columns) and choice.all_dense(
+            "masked", len(flat), (rows, columns), pattern.nnz, weight.dtype
+        ):
+            ops.CALLS["masked_linear", "mkl"] += 1
+            return nn.functional.linear(input, torch.where(mask, weight, 0), bias)
         y = masked_ops.linear(flat, weight, bias, mask, pattern.tensors, premasked)
         return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ class Pattern:
     @property
     def nbytes(self) -> int:
         """Memory of the indices, and of the copy of the mask that is_of compares."""
-        return sum(t.nbytes for t in (*self.tensors, self._content))
+        places = self.__dict__.get("places")
+        return sum(t.nbytes for t in (*self.tensors, self._content)) + (0 if places is None else places.nbytes)
 
 
 class SparsePattern(Pattern):
@@ -73,10 +75,16 @@ class CompressedPattern(Pattern):
 
     def __init__(self, bits: Tensor, shape: Sequence[int]) -> None:
         super().__init__(bits, bits.clone())
+        self._shape = shape
         self._index("sparse_tensors", unpack_bits(bits, shape).flatten(1))
 
     def _packed(self, source: Tensor) -> Tensor:
         return source
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Positions of the survivors in the flat weight, int64, made when first asked for: small layers' alone are."""
+        return unpack_bits(self._content, self._shape).flatten().nonzero().flatten()
 
 
 def pack_bits(mask: Tensor) -> Tensor:

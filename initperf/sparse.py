@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import sparse_ops
+from initperf import choice, direct, ops, sparse_ops
 from initperf.checks import FLOATS, check_mask, fail
 from initperf.masked import MaskedLinear, check_input
 from initperf.sparse_layer import SparseLayer
@@ -67,22 +67,31 @@ class SparseLinear(SparseLayer):
         return cast(nn.Linear, super().to_dense())
 
     def forward(self, input: Tensor) -> Tensor:
-        pattern = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
+        pattern: Any = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
         own, bits = self._parameters.get, cast(Tensor, self._buffers["weight_mask_bits"])  # sooner than attributes
         values: Tensor = self.weight_values if (found := own("weight_values")) is None else found
         bias: Tensor | None = self.bias if (found := own("bias")) is None else found
         check_input(input, self.in_features, values.dtype)
         shape = input.shape
+        rows, columns = self.out_features, self.in_features
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             # torch.func's transforms (vmap, jvp, grad) know torch's own product
-            places = self.weight_mask.flatten().nonzero().squeeze(1)
-            size = self.out_features * self.in_features
-            weight = torch.zeros(size, dtype=values.dtype, device=values.device).scatter(0, places, values.flatten())
-            return nn.functional.linear(input, weight.view(self.out_features, self.in_features), bias)
-        flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
+            weight = _expanded(values, self.weight_mask.flatten().nonzero().squeeze(1), rows, columns)
+            return nn.functional.linear(input, weight, bias)
+        flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)
+        if direct.composed(flat, rows * columns) and choice.all_dense(
+            "sparse", len(flat), (rows, columns), pattern.nnz, values.dtype
+        ):
+            ops.CALLS["sparse_linear", "mkl"] += 1
+            return nn.functional.linear(input, _expanded(values, pattern.places, rows, columns), bias)
         y = sparse_ops.linear(flat, values, bias, bits, self.out_features, pattern.tensors)
         return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {super().extra_repr()}"
+
+
+def _expanded(values: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
+    """The dense weight of values (nnz, 1) at positions `places`, by an op of torch whose gradient is the values'."""
+    return values.new_zeros(rows * columns).scatter(0, places, values.flatten()).view(rows, columns)

@@ -10,6 +10,7 @@ from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from initperf import direct
 from initperf.checks import InitPerfError
 from initperf.choice import prefer
 from initperf.convert import check_masks, densify, masked_layers, sparsify
@@ -29,9 +30,11 @@ def layer():
     return MaskedLinear(20, 30, mask=mask_of())
 
 
-@pytest.fixture(params=["kernel", "dense"])
-def path(request):
-    """Both products that an op may choose."""
+@pytest.fixture(params=["kernel", "dense", "small"])
+def path(request, monkeypatch):
+    """Both products that an op may choose, and what small layers leave to torch's own ops."""
+    if request.param == "dense":
+        monkeypatch.setattr(direct, "TINY", 0)
     with prefer("sparse" if request.param == "kernel" else "dense"):
         yield
 

@@ -10,7 +10,7 @@ from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.nn.utils import prune
 
-from initperf import ops, rng, sparse_ops
+from initperf import direct, ops, rng, sparse_ops
 from initperf.checks import InitPerfError
 from initperf.choice import prefer
 from initperf.masked import MaskedLinear
@@ -30,10 +30,12 @@ def layer():
     return SparseLinear(20, 30, mask=mask_of())
 
 
-@pytest.fixture(params=["sparse", "dense"])
-def path(request):
-    """Both products that an op may choose."""
-    with prefer(request.param):
+@pytest.fixture(params=["sparse", "dense", "small"])
+def path(request, monkeypatch):
+    """Both products that an op may choose, and what small layers leave to torch's own ops."""
+    if request.param == "dense":
+        monkeypatch.setattr(direct, "TINY", 0)
+    with prefer("sparse" if request.param == "sparse" else "dense"):
         yield request.param
 
 
@@ -256,7 +258,8 @@ def test_the_ops_pass_torchs_own_check():
         torch.library.opcheck(op, arguments)
 
 
-def test_what_ran_is_counted(layer):
+def test_what_ran_is_counted(layer, monkeypatch):
+    monkeypatch.setattr(direct, "TINY", 0)
     x = torch.randn(6, 20, requires_grad=True)
     for mode, backend in (("sparse", "numba"), ("dense", "mkl")):
         with prefer(mode):
