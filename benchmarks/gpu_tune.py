@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from initperf.kernels.gpu import block_matmul, decode, masked_matmul, pattern, sparse_grad, sparse_matmul, targets
 
-from benchmarks.gpu_cases import replaced
+from benchmarks.gpu_case import replaced
 from initperf.reference import block_matmul as block_reference
 from initperf.reference import sparse_matmul as rows_reference
 
