@@ -7,6 +7,7 @@ machine code; times, shares and ratios are predictions of benchmarks/gpu_model.p
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import re
@@ -42,6 +43,7 @@ def _kernel(launch: Launch, device: Device, turns: float) -> Row:
     loop = main_loop(code)
     return {
         "kernel": launch.kernel,
+        "code": hashlib.sha256(code.text.encode()).hexdigest()[:16],
         "grid": list(launch.grid),
         "registers": code.registers,
         "spills": code.spills,
@@ -224,6 +226,11 @@ def counts_module(rows: list[Row]) -> str:
     return "\n".join([*lines, "}", ""])
 
 
+def compilations(rows: list[Row]) -> int:
+    """Kernels that were compiled: cases that differ in sizes only share one."""
+    return len({(row["target"], kernel["code"]) for row in rows for kernel in row["kernels"]})
+
+
 def _write(rows: list[Row], seconds: float) -> None:
     from benchmarks.gpu_tables import document
 
@@ -259,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     bad = [r for r in rows if r["problems"]]
     for row in bad:
         print(f"{key(row)}: {'; '.join(row['problems'])}")
-    print(f"{len(rows)} compilations, {len(bad)} with problems, {seconds:.0f} s")
+    print(f"{len(rows)} cases, {compilations(rows)} compilations, {len(bad)} with problems, {seconds:.0f} s")
     return 1 if bad else 0
 
 

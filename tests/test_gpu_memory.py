@@ -46,9 +46,7 @@ def test_moments_find_runs_and_rows_beyond_two_to_the_31_elements(dtype, checked
     x = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
     far = apart(x)
     want = moments_of(x, (3, 1, 20, 20, 1), checked_memory)
-    assert torch.equal(
-        moments_of(far, (3, 1, 20, far.stride(0), 1), checked_memory), want
-    )  # three runs of one channel
+    assert torch.equal(moments_of(far, (3, 1, 20, far.stride(0), 1), checked_memory), want)  # three runs of one channel
     want = moments_of(x, (3, 20, 1, 20, 1), checked_memory)
     assert torch.equal(
         bits(moments_of(far, (3, 20, 1, far.stride(0), 1), checked_memory)), bits(want)

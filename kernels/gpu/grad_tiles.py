@@ -6,19 +6,46 @@ since `rows_of_8` rounds rows up.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .targets import dot
+from .targets import dot, precision, tile
 
-# (batch of a step, rows and columns of a tile, warps, stages), by bytes of a value.
-TILES = {
-    "sm_80": {2: (32, 128, 128, 8, 3), 4: (16, 128, 128, 8, 3), 8: (16, 32, 32, 4, 2)},
-    "sm_90": {2: (64, 128, 128, 8, 3), 4: (32, 128, 128, 8, 3), 8: (16, 32, 32, 4, 2)},
-    "sm_100": {2: (64, 128, 128, 8, 3), 4: (32, 128, 128, 8, 3), 8: (16, 32, 32, 4, 2)},
-    "gfx942": {2: (32, 128, 128, 8, 2), 4: (16, 128, 128, 8, 2), 8: (16, 32, 32, 4, 2)},
+
+class Tile(NamedTuple):
+    """Batch of a step, rows and columns of a tile."""
+
+    batch: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# By bytes of a value; float32 in TF32 by itself: from sm_90 on the matrix unit wants its tiles transposed, which several stages
+# would do with loads of 32 bits.
+_HOPPER = {
+    2: Tile(64, 128, 128, 8, 3),
+    4: Tile(32, 128, 128, 8, 3),
+    8: Tile(16, 32, 32, 4, 2),
+    "tf32": Tile(64, 128, 128, 8, 1),
 }
+_AMPERE = {
+    2: Tile(32, 128, 128, 8, 3),
+    4: Tile(16, 128, 128, 8, 3),
+    8: Tile(16, 32, 32, 4, 2),
+    "tf32": Tile(16, 128, 128, 8, 3),
+}
+_CDNA = {key: t._replace(stages=2) for key, t in _AMPERE.items()}
+TILES = {"sm_80": _AMPERE, "sm_90": _HOPPER, "sm_100": _HOPPER, "gfx942": _CDNA}
+
+
+def tile_of(dtype: torch.dtype) -> Tile:
+    """The current device's tile for values of `dtype`."""
+    return tile(TILES)["tf32" if precision(dtype) == "tf32" else dtype.itemsize]
 
 
 def sums(dtype: torch.dtype) -> tl.dtype:

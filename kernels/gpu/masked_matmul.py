@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad_tiles import TILES, sums, tile_product
+from .grad_tiles import sums, tile_of, tile_product
 from .pattern import TILE
-from .targets import cast, precision, rows_of_8, tile
+from .targets import cast, precision, rows_of_8
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def masked_grad_weight(
     if not B or not tiles.numel():
         return grad
     dy, x = rows_of_8(dy), rows_of_8(x)
-    batch, rows, columns, warps, stages = tile(TILES)[x.element_size()]
+    batch, rows, columns, warps, stages = tile_of(x.dtype)
     unit = 8 if K % 8 == 0 and grad.data_ptr() % 16 == 0 else 1
     _masked_grad_weight[tiles.numel(), TILE // rows, TILE // columns](
         *(dy, x, bits, tiles, grad),

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import grad_tiles
-from .grad_tiles import tile_product
+from .grad_tiles import tile_of, tile_product
 from .pattern import TILE
 from .sparse_matmul import feature_major
 from .targets import cast, precision, rows_of_8, tile
@@ -193,7 +192,7 @@ def sparse_grad_tiles(dy: Tensor, x: Tensor, bits: Tensor, first: Tensor, tiles:
         return grad.zero_()
     n, k = dy.shape[1], x.shape[1]
     dy, x = rows_of_8(dy), rows_of_8(x)
-    batch, _, _, warps, stages = tile(grad_tiles.TILES)[x.element_size()]
+    batch, _, _, warps, stages = tile_of(x.dtype)
     _sparse_grad_tiles[(tiles.numel(),)](
         *(dy, x, bits, first, tiles, grad),
         *(b, n, bits.shape[1], dy.shape[1] // 8, x.shape[1] // 8, dy.stride(0) // 8, x.stride(0) // 8),
