@@ -28,7 +28,7 @@ def compiled(*arguments):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "rows.json"
-    done = compiled("-m", "benchmarks.gpu_static", "--tests", "--targets", "sm_90", "gfx942", "--json", str(path))
+    done = compiled("-m", "benchmarks.gpu_static", "--tests", "--targets", *gpu_static.MAIN, "--json", str(path))
     assert path.exists(), done.stderr[-2000:]
     return {(r["target"], r["op"], r["label"]): r for r in json.loads(path.read_text())}
 
@@ -48,7 +48,7 @@ def planted():
     return json.loads(done.stdout)
 
 
-def test_every_kernel_compiles_for_both_makers(rows):
+def test_every_kernel_compiles_for_every_main_target(rows):
     seen = {kernel["kernel"] for r in rows.values() for kernel in r["kernels"]}
     folder = ROOT / "kernels" / "gpu"
     launched = {name for path in folder.glob("*.py") for name in re.findall(r"^ +(\w+)\[", path.read_text(), re.M)}
@@ -57,6 +57,11 @@ def test_every_kernel_compiles_for_both_makers(rows):
         name for path in folder.glob("*.py") for name in re.findall(r"@triton\.jit.*\ndef (\w+)", path.read_text())
     }
     assert seen == launched & kernels
+    by_target = {
+        t: {k["kernel"] for (target, *_), r in rows.items() if target == t for k in r["kernels"]}
+        for t in gpu_static.MAIN
+    }
+    assert all(found == seen for found in by_target.values())
     assert all(r["kernels"] for r in rows.values()), [k for k, r in rows.items() if not r["kernels"]]
 
 
@@ -68,25 +73,28 @@ def test_no_kernel_got_worse_than_recorded(rows, recorded):
     assert not {key: w for key, r in rows.items() if (w := gpu_static.worse(r, recorded[gpu_static.key(r)]))}
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", gpu_static.MAIN)
 def test_the_mask_costs_the_weight_gradient_less_than_a_tenth(rows, target):
     label = "dw bfloat16 4096 x 4096 x 4096"
     masked, plain = (rows[target, "masked_matmul", name] for name in (label, f"{label}, no mask"))
     assert masked["share"] >= 0.9 * plain["share"]
 
 
-def test_a_size_that_divides_by_nothing_is_loaded_as_wide_and_one_whose_rows_divide_by_8_is_stored_so_too(rows):
-    kernel = rows["sm_90", "masked_matmul", "dw bfloat16 1000 x 1000 x 1000"]["kernels"][0]
-    assert set(kernel["loads"]) == {"128", "32"}  # 32: words of the mask, the list of tiles
-    assert set(kernel["stores"]) == {"128"}
+@pytest.mark.parametrize("target", gpu_static.MAIN)
+def test_a_size_that_divides_by_8_only_is_stored_in_wide_vectors_and_none_of_its_values_is_loaded_alone(rows, target):
+    kernel = rows[target, "masked_matmul", "dw bfloat16 1000 x 1000 x 1000"]["kernels"][0]
+    assert set(kernel["stores"]) == {"64" if target == "gfx942" else "128"}
+    assert not {"8", "16"} & set(kernel["loads"])
 
 
 @pytest.mark.parametrize(("density", "times"), [(0.2, 2.5), (0.1, 5.0)])
 def test_one_row_moves_the_formats_bytes_and_is_predicted_faster_than_dense(rows, density, times):
-    row = rows["sm_90", "decode", f"1 rows bfloat16, density {density}"]
-    assert row["times_dense"] >= times
-    format_bytes = (16 + 8 + 2) / 8  # a group: 8 values, 8 columns, its base
-    assert row["bytes_a_unit"] <= 1.05 * format_bytes
+    # b200 is not among them: bandwidth there has doubled and the first-level cache has not; docs/gpu.md shows its 1.5 and 2.7
+    for target in ("sm_80", "sm_90", "gfx942"):
+        row = rows[target, "decode", f"1 rows bfloat16, density {density}"]
+        assert row["times_dense"] >= times
+        format_bytes = (16 + 8 + 2) / 8  # a group: 8 values, 8 columns, its base
+        assert row["bytes_a_unit"] <= 1.05 * format_bytes
 
 
 def test_a_slower_kernel_is_predicted_slower_and_called_worse(planted):
