@@ -231,7 +231,7 @@ def compilations(rows: list[Row]) -> int:
     return len({(row["target"], kernel["code"]) for row in rows for kernel in row["kernels"]})
 
 
-def _write(rows: list[Row], seconds: float) -> None:
+def _write(rows: list[Row]) -> None:
     from benchmarks.gpu_tables import document
 
     versions = {"triton": triton.__version__, "torch": torch.__version__}
@@ -239,7 +239,7 @@ def _write(rows: list[Row], seconds: float) -> None:
     DOCS.mkdir(exist_ok=True)
     write_atomically(RECORD, f'{{"versions": {json.dumps(versions)}, "rows": {{\n{lines}\n}}}}\n')
     write_atomically(DOCS.parent / "initperf" / "gpu_counts.py", counts_module(rows))
-    write_atomically(DOCS / "gpu.md", document(rows, versions, seconds))
+    write_atomically(DOCS / "gpu.md", document(rows, versions, compilations(rows)))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
             if key(row) in before and (found := worse(row, before[key(row)])):
                 print(f"worse than recorded: {key(row)}: {'; '.join(found)}")
     if options.write:
-        _write(rows, seconds)
+        _write(rows)
     bad = [r for r in rows if r["problems"]]
     for row in bad:
         print(f"{key(row)}: {'; '.join(row['problems'])}")

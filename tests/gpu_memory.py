@@ -1,4 +1,4 @@
-"""Every load and store of Triton's interpreter checked against the tensors of its launch, and tensors that lie far away."""
+"""Every load and store of Triton's interpreter checked against the tensors of its launch, alignment as kernels claim it, and tensors that lie far away."""
 
 from __future__ import annotations
 
@@ -95,6 +95,15 @@ def checked_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
         checker.launch([*args, *kwargs.values()])
         return args, kwargs
 
+    set_attr = interpreter.TensorHandle.set_attr
+
+    def checked_set_attr(self, key, value):
+        step = np.prod(value) if key == "tt.divisibility" and isinstance(self.dtype, interpreter.tl.pointer_type) else 1
+        if (self.data % np.uint64(step)).any():
+            raise IndexError(f"an address said to be a multiple of {step} is none, and would be read outside")
+        set_attr(self, key, value)
+
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", checked_set_attr)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked_store)
     monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", checked_prepare)

@@ -1,5 +1,6 @@
 """Sampling, moments and selection on the GPU's kernels: no access outside a tensor, and elements beyond 2^31."""
 
+import numpy as np
 import pytest
 import torch
 from gpu_memory import LastProgram, apart, checked_memory, virtual
@@ -9,7 +10,7 @@ from initperf import rng
 from initperf.reference.sample import sample_ as definition
 
 pytest.importorskip("triton")
-from initperf.kernels.gpu import moments, sample, select  # noqa: E402
+from initperf.kernels.gpu import moments, sample, sample_many, select  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(checked_memory.__name__)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,6 +35,61 @@ def test_sampling_fills_a_tensor_beyond_two_to_the_31_elements(offset, run, monk
     index = offset + len(out) - 5 if run < 0 else offset + len(out) // run * stride - stride + run - 5
     assert torch.equal(bits(out[-5:]), bits(definition(torch.empty(5), *normal, 1, 2, index)))
     assert not out[:9].any()
+
+
+@pytest.fixture
+def table(checked_memory, monkeypatch):
+    """sample_many_ whose kernel reads addresses from a table: what they point to is known to the checks."""
+    by_word = sample_many._bits_by_word
+
+    def known(bits):
+        words, starts = by_word(bits)
+        checked_memory.add(words, starts)
+        return words, starts
+
+    def run(outs, streams, masks):
+        checked_memory.add(*outs, *(m for m in masks if m is not None))
+        sample_many.sample_many_(outs, [tuple(rng.normal(0, 1))] * len(outs), streams, 1, masks)
+
+    monkeypatch.setattr(sample_many, "_bits_by_word", known)
+    return run
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("n", [1, 4096, 5001])
+def test_a_list_is_sampled_inside_its_tensors_wherever_they_begin(n, shift, table, gpu_device):
+    keep = torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.3
+    packed = torch.from_numpy(np.packbits(keep.numpy(), bitorder="little")).to(gpu_device)
+    outs, masks, whole = [], [], []
+    for dtype in FLOATS:
+        whole += [definition(torch.empty(n, dtype=dtype), *rng.normal(0, 1), 1, 2)] * 3
+        for mask, length in ((None, n), (keep.to(gpu_device), n), (packed, int(keep.sum()))):
+            outs.append(torch.empty(length + shift, dtype=dtype, device=gpu_device)[shift:])
+            masks.append(mask)
+    table(outs, [2] * len(outs), masks)
+    for i, (out, want) in enumerate(zip(outs, whole, strict=True)):
+        want = want if i % 3 == 0 else want.masked_fill(~keep, 0) if i % 3 == 1 else want[keep]
+        assert torch.equal(bits(out.cpu()), bits(want))
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_a_list_fills_a_tensor_beyond_two_to_the_31_elements(extra, table, monkeypatch):
+    out = virtual((FAR + 4096 + extra,), (1,), torch.bfloat16)
+    monkeypatch.setattr(sample_many, "_fill_many", LastProgram(sample_many._fill_many, monkeypatch))
+    table([out], [2], [None])
+    want = definition(torch.empty(5, dtype=out.dtype), *rng.normal(0, 1), 1, 2, len(out) - 5)
+    assert torch.equal(bits(out[-5:]), bits(want))
+    assert not out[:9].any()
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_moments_of_misaligned_and_strided_memory_are_those_of_a_copy(dtype, step, checked_memory, gpu_device):
+    x = torch.randn(20000, generator=torch.Generator().manual_seed(0)).to(dtype).to(gpu_device)[step::step]
+    n = len(x)
+    want = moments_of(x.clone(), (1, 1, n, n, n), checked_memory)
+    got = moments_of(x, (n, 1, 1, step, 1) if step > 1 else (1, 1, n, n, n), checked_memory)
+    torch.testing.assert_close(got, want, rtol=1e-6 if dtype != torch.float64 else 1e-12, atol=1e-6)
 
 
 def moments_of(x, shape, memory):
