@@ -92,9 +92,10 @@ def choose(
     weights, activations = outputs * inputs, rows * (outputs + inputs) * size
     macs = float(rows) * weights
     peak = device.peaks["16bit" if size == 2 else "tf32" if tf32 else "float32"]
-    mask_pass = 2 * weights * size if op == "dw" or compressed else 0  # a pass of its own: masks, packs or unpacks
-    dense_bytes = weights * size + activations + mask_pass
-    found = [_candidate("dense", device, {"matrix": 2 * macs / peak / 1e6}, dense_bytes, 2 if mask_pass else 1)]
+    dense_times = {"matrix": 2 * macs / peak / 1e6}
+    # dense gradients are masked, and compressed weights packed or unpacked, in a pass of its own, before or after
+    second_pass = 2 * weights * size if op == "dw" or compressed else 0
+    found = [_candidate("dense", device, dense_times, weights * size + activations, 1, second_pass)]
 
     def sparse(kernel: str, key: str, units: float, nbytes: float, launches: int = 1, matrix: float = 0.0) -> None:
         counted = COUNTS[NEAREST.get(device.target, device.target)][key]
@@ -153,10 +154,14 @@ def choose(
     return sorted(found, key=lambda candidate: candidate.us)
 
 
-def _candidate(kernel: str, device: Device, times: dict[str, float], nbytes: float, launches: int) -> Candidate:
-    times = times | {"memory": nbytes / device.memory / 1e6, "launches": launches * device.launch_us}
-    busy = sum(t**4 for name, t in times.items() if name != "launches") ** 0.25
-    us = busy + times["launches"]
+def _candidate(
+    kernel: str, device: Device, times: dict[str, float], nbytes: float, launches: int, second_pass: float = 0
+) -> Candidate:
+    times = times | {"memory": nbytes / device.memory / 1e6}
+    serial = {"launches": (launches + bool(second_pass)) * device.launch_us}
+    serial["second pass"] = second_pass / device.memory / 1e6
+    us = sum(t**4 for t in times.values()) ** 0.25 + sum(serial.values())
+    times |= serial
     bound = max(times, key=lambda name: times[name])
     return Candidate(kernel, us, f"{bound} {times[bound] / us:.0%}")
 
