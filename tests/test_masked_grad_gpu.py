@@ -106,7 +106,7 @@ def test_rows_of_the_batch_beyond_two_to_the_31_elements_are_found():
 
 
 def test_weights_beyond_two_to_the_31_elements_are_found():
-    n, k = 1 << 12, (1 << 19) + 128
+    n, k = 1 << 12, (1 << 20) + 128
     dy, x = torch.randn(2, n).bfloat16(), torch.randn(2, k).bfloat16()
     grad, words = virtual((n, k), (k, 1), torch.bfloat16), virtual((n, k // 32), (k // 32, 1), torch.int32)
     words[-1, -1] = -(1 << 31)  # the last weight alone
