@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from initperf.files import write_atomically
+
 
 def machine() -> dict[str, Any]:
     """The GPU and the versions that a result depends on."""
@@ -52,7 +54,7 @@ def main() -> int:
         result["benchmarks"] = pytest("benchmarks", "--benchmark-only", f"--benchmark-json={timings}")
         if timings.exists():
             result["timings"] = json.loads(timings.read_text())["benchmarks"]
-    Path("gpu-run.json").write_text(json.dumps(result))
+    write_atomically("gpu-run.json", json.dumps(result))
     print("Wrote gpu-run.json: the file to send back.")
     return max(result["tests"]["status"], result["benchmarks"]["status"])
 

@@ -7,6 +7,7 @@ machine code; times, shares and ratios are predictions of benchmarks/gpu_model.p
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import re
@@ -19,14 +20,17 @@ import torch
 import triton
 
 from benchmarks.aot import Code, Launch, access, capture
-from benchmarks.gpu_cases import Case, cases
+from benchmarks.gpu_case import Case
+from benchmarks.gpu_cases import cases
 from benchmarks.gpu_model import executed, main_loop, predict, resident, trips
+from initperf.files import write_atomically
 from initperf.gpu_choice import KEYS
 from initperf.gpu_devices import BY_TARGET, Device
 
 MAIN = ("sm_80", "sm_90", "sm_100", "gfx942")
 ALSO = ("sm_86", "sm_89", "sm_120", "gfx950")  # the first case of each op only
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+RECORD = DOCS / "gpu.json"
 Row = dict[str, Any]
 # What design.md's RNG contract bans from the PTX of sampling: anything but IEEE-754 operations, rounded to nearest.
 BANNED = re.compile(
@@ -39,6 +43,7 @@ def _kernel(launch: Launch, device: Device, turns: float) -> Row:
     loop = main_loop(code)
     return {
         "kernel": launch.kernel,
+        "code": hashlib.sha256(code.text.encode()).hexdigest()[:16],
         "grid": list(launch.grid),
         "registers": code.registers,
         "spills": code.spills,
@@ -133,18 +138,33 @@ def wide_share(code: Code, bits: int) -> float:
     return sum(b for b in loads if b >= bits) / sum(loads) if sum(loads) else 1.0
 
 
-def worse(row: Row, recorded: Row) -> list[str]:
+def key(row: Row) -> str:
+    return f"{row['target']} {row['op']}: {row['label']}"
+
+
+def recorded(row: Row) -> Row:
+    """What `worse` compares: of each kernel programs a core, instructions, and those of its main loop; and the prediction."""
+    kernels = [[kernel[name] for name in ("kernel", "resident", "instructions", "loop")] for kernel in row["kernels"]]
+    return {"kernels": kernels} | ({"us": float(f"{row['predicted_us']:.4g}")} if "predicted_us" in row else {})
+
+
+def worse(row: Row, before: Row) -> list[str]:
     """How a case got worse than it was when docs/gpu.json was written."""
+    now = recorded(row)
     found = []
-    for new, old in zip(row["kernels"], recorded["kernels"], strict=False):
-        if new["resident"] < old["resident"]:
-            found.append(f"{new['kernel']}: {new['resident']} programs a core, before {old['resident']}")
-        if new["instructions"] > 1.05 * old["instructions"] + 8:
-            found.append(f"{new['kernel']}: {new['instructions']} instructions, before {old['instructions']}")
-        if new["loop"] > 1.05 * old["loop"] + 4:
-            found.append(f"{new['kernel']}: {new['loop']} instructions in the loop, before {old['loop']}")
-    if "predicted_us" in row and row["predicted_us"] > 1.03 * recorded["predicted_us"]:
-        found.append(f"predicted {row['predicted_us']:.2f} us, before {recorded['predicted_us']:.2f}")
+    if len(now["kernels"]) > len(before["kernels"]):
+        found.append(f"{len(now['kernels'])} launches, before {len(before['kernels'])}")
+    for (name, resident_now, size, loop), (_, resident_then, size_then, loop_then) in zip(
+        now["kernels"], before["kernels"], strict=False
+    ):
+        if resident_now < resident_then:
+            found.append(f"{name}: {resident_now} programs a core, before {resident_then}")
+        if size > 1.05 * size_then + 8:
+            found.append(f"{name}: {size} instructions, before {size_then}")
+        if loop > 1.05 * loop_then + 4:
+            found.append(f"{name}: {loop} instructions in the loop, before {loop_then}")
+    if "us" in now and now["us"] > 1.03 * before["us"]:
+        found.append(f"predicted {now['us']} us, before {before['us']}")
     return found
 
 
@@ -206,6 +226,22 @@ def counts_module(rows: list[Row]) -> str:
     return "\n".join([*lines, "}", ""])
 
 
+def compilations(rows: list[Row]) -> int:
+    """Kernels that were compiled: cases that differ in sizes only share one."""
+    return len({(row["target"], kernel["code"]) for row in rows for kernel in row["kernels"]})
+
+
+def _write(rows: list[Row]) -> None:
+    from benchmarks.gpu_tables import document
+
+    versions = {"triton": triton.__version__, "torch": torch.__version__}
+    lines = ",\n".join(f"{json.dumps(key(r))}: {json.dumps(recorded(r))}" for r in rows)
+    DOCS.mkdir(exist_ok=True)
+    write_atomically(RECORD, f'{{"versions": {json.dumps(versions)}, "rows": {{\n{lines}\n}}}}\n')
+    write_atomically(DOCS.parent / "initperf" / "gpu_counts.py", counts_module(rows))
+    write_atomically(DOCS / "gpu.md", document(rows, versions, compilations(rows)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", nargs="+", default=[*MAIN, *ALSO], choices=list(BY_TARGET))
@@ -220,29 +256,18 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.perf_counter() - began
     if options.json:
         options.json.write_text(json.dumps(rows))
+    if RECORD.exists():
+        before = json.loads(RECORD.read_text())["rows"]
+        for row in rows:
+            if key(row) in before and (found := worse(row, before[key(row)])):
+                print(f"worse than recorded: {key(row)}: {'; '.join(found)}")
     if options.write:
-        from benchmarks.gpu_tables import document
-
-        versions = {"triton": triton.__version__, "torch": torch.__version__}
-        DOCS.mkdir(exist_ok=True)
-        (DOCS / "gpu.json").write_text(
-            json.dumps({"versions": versions, "rows": [_recorded(r) for r in rows]}, indent=0)
-        )
-        (DOCS.parent / "initperf" / "gpu_counts.py").write_text(counts_module(rows))
-        (DOCS / "gpu.md").write_text(document(rows, versions, seconds))
+        _write(rows)
     bad = [r for r in rows if r["problems"]]
     for row in bad:
-        print(f"{row['target']} {row['op']} {row['label']}: {'; '.join(row['problems'])}")
-    print(f"{len(rows)} compilations, {len(bad)} with problems, {seconds:.0f} s")
+        print(f"{key(row)}: {'; '.join(row['problems'])}")
+    print(f"{len(rows)} cases, {compilations(rows)} compilations, {len(bad)} with problems, {seconds:.0f} s")
     return 1 if bad else 0
-
-
-def _recorded(row: Row) -> Row:
-    """What `worse` compares, and what others may want to read."""
-    kernels = [{k: v for k, v in kernel.items() if k != "warp_instructions"} for kernel in row["kernels"]]
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items() if k != "times_us"} | {
-        "kernels": kernels
-    }
 
 
 if __name__ == "__main__":

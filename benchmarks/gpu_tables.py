@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 HEAD = """# GPU kernels, read without a GPU
 
-Written by `make gpu-report` ({count} compilations with Triton {triton}, torch {torch}). Nothing here was measured on a GPU.
+Written by `make gpu-report` ({count} cases, {compiled} compilations with Triton {triton}, torch {torch}). Nothing here was measured on a GPU.
 
 **Counted**, facts of the machine code: registers and warps (most that fit one core), shared memory, bits of the widest load
 and store of a thread, matrix instructions, instructions of the main loop and, over the whole launch, lane-instructions a unit;
@@ -33,9 +33,23 @@ What must hold, and `tests/test_gpu_static.py` holds: no spill, no stack, shared
 stores wherever strides divide by 8, a matrix instruction wherever there is a 16-bit dot, and in sampling only IEEE-754
 operations rounded to nearest. {flaws}
 
+## What runs
+`initperf doctor --gpu h100` (any device below; `--dtype`, `--tf32`, `--ticket FILE` for the masks of a ticket) prints which kernel
+would run and why; layers on a GPU decide by the same prediction (initperf/gpu_choice.py), in which dense is always a candidate.
+- y and dx of masked dense storage are torch's own products with the weight, zero where pruned. A kernel that masks the weight on
+  its way to the matrix unit reads no fewer bytes than that, and an earlier one was predicted to reach 0.07 to 0.26 of the dense
+  speed on NVIDIA's devices in bfloat16 and 0.69 on gfx942, where it spilled: it was taken out.
+- dW of masked storage is a product in tiles, which skips tiles without a survivor, applies the mask to the finished tile, and can
+  add into a gradient (`into=`). Autograd does not: only .backward() accumulates, and torch.autograd.grad looks the same from inside.
+- Compressed layers run rows (y, dx), rows at survivors (dvalues, float32) and tiles at survivors (dvalues, 16 bits). Decode and
+  blocks have packed forms of their own and are called by hand: kernels/gpu/decode.py, block_matmul.py.
+
 ## On a GPU
-- `make gpu` runs the tests and the benchmarks on the machine's GPU (CUDA or ROCm) and writes `gpu-run.json`, the one file to send back.
-- `python -m benchmarks.gpu_tune` times the tiles of every TILES table on the card, and prints the rows to put there.
+- `make gpu` runs the tests and the benchmarks on the machine's GPU (CUDA or ROCm) and writes `gpu-run.json`, the one file to send
+  back. `benchmarks/bench_gpu.py` times every kernel against torch on the same card, N launches and one synchronization a round.
+- `python -m benchmarks.gpu_tune` times the entries of the TILES tables that differ by target, and prints the rows to put there:
+  run it on a new card, put what it prints into the card's row (a new one, or its family's in kernels/gpu/targets.py), and run
+  `make gpu-report`, which refuses a tile that spills.
 """
 
 COLUMNS = (
@@ -44,7 +58,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def document(rows: list[Row], versions: dict[str, str], seconds: float) -> str:
+def document(rows: list[Row], versions: dict[str, str], compiled: int) -> str:
     """The whole page."""
     devices = "\n".join(
         f"| {d.name} | {d.target} | {d.cores} | {d.ghz} | {d.memory} | "
@@ -55,7 +69,17 @@ def document(rows: list[Row], versions: dict[str, str], seconds: float) -> str:
     flaws = "Of these rows all do." if not bad else "Not yet:\n" + "\n".join(
         f"- {r['target']}, {r['op']}, {r['label']}: {'; '.join(r['problems'])}" for r in bad
     )  # fmt: skip
-    parts = [HEAD.format(count=len(rows), overlap=OVERLAP, latency=LATENCY, devices=devices, flaws=flaws, **versions)]
+    parts = [
+        HEAD.format(
+            count=len(rows),
+            compiled=compiled,
+            overlap=OVERLAP,
+            latency=LATENCY,
+            devices=devices,
+            flaws=flaws,
+            **versions,
+        )
+    ]
     for target in dict.fromkeys(r["target"] for r in rows):
         parts.append(f"\n## {BY_TARGET[target].name} ({target})\n\n{_line(COLUMNS)}\n{_line(['---'] * len(COLUMNS))}\n")
         parts += [_line(_cells(r)) + "\n" for r in rows if r["target"] == target and r["kernels"]]

@@ -14,9 +14,18 @@ from itertools import product
 from typing import Any
 
 import torch
-from initperf.kernels.gpu import block_matmul, decode, masked_matmul, pattern, sparse_grad, sparse_matmul, targets
+from initperf.kernels.gpu import (
+    block_matmul,
+    decode,
+    grad_tiles,
+    masked_matmul,
+    pattern,
+    sparse_grad,
+    sparse_matmul,
+    targets,
+)
 
-from benchmarks.gpu_cases import replaced
+from benchmarks.gpu_case import replaced
 from initperf.reference import block_matmul as block_reference
 from initperf.reference import sparse_matmul as rows_reference
 
@@ -68,10 +77,10 @@ def choices(device: str, size: int, batch: int) -> Iterator[Choice]:
             f"sparse_grad {dtype}", sparse_grad, lambda t, k=bytes_, row=row: row | {k: t}, row[bytes_],
             list(product((4, 8, 16), (64, 128, 256))), lambda x=x, dy=dy: sparse_grad.sparse_grad(dy, x, *by_rows),
         )  # fmt: skip
-        row, bits = dict(targets.tile(masked_matmul.TILES)), pattern.pattern_tensors(mask)
+        row, bits = dict(targets.tile(grad_tiles.TILES)), pattern.pattern_tensors(mask)
         yield Choice(
-            f"masked dw {dtype}", masked_matmul, lambda t, k=bytes_, row=row: row | {k: t}, row[bytes_],
-            list(product((32, 64), (64, 128), (64, 128), (4, 8), (2, 3, 4))),
+            f"masked dw {dtype}", grad_tiles, lambda t, k=bytes_, row=row: row | {k: t}, row[bytes_],
+            [grad_tiles.Tile(*t) for t in product((16, 32, 64), (64, 128), (64, 128), (4, 8), (1, 2, 3, 4))],
             lambda x=x, dy=dy, bits=bits: masked_matmul.masked_grad_weight(dy, x, mask, bits),
         )  # fmt: skip
 

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 
 from initperf.checks import check, fail
+from initperf.gpu_choice import DTYPES, LAYER_KERNELS, kernel_pays
+from initperf.gpu_devices import Device, device_of
 
 KINDS = (  # the products of a masked layer, then those of a compressed one
     "masked_linear",
@@ -48,18 +50,16 @@ _mode = os.environ.get("INITPERF_PRODUCTS") or "auto"
 check(_mode in MODES, f"INITPERF_PRODUCTS to be one of {', '.join(MODES)}", _mode)
 
 
-def sparse_pays(
-    kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype, device: str, *, masks: bool = True
-) -> bool:
+def sparse_pays(kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype, device: str) -> bool:
     """Whether the sparse kernel runs for `kind` (of KINDS), or the dense product.
 
-    rows: of the batch; shape: (N, K) of the weight; nnz: survivors; masks: on a GPU, whether the dense product would have to
-    mask an operand or its result, which our kernels do in passing.
+    rows: of the batch; shape: (N, K) of the weight; nnz: survivors. On a GPU predicted, by initperf/gpu_choice.py, whose
+    masked_grad_weight goes by live tiles instead.
     """
     if _mode != "auto":
         return _mode == "sparse"
     if device != "cpu":
-        return masks or kind.startswith("sparse")
+        return _pays_on_gpu(kind, rows, shape, nnz, dtype)
     weights = shape[0] * shape[1]
     return nnz < weights * break_even(kind, rows, weights, dtype.itemsize, torch.get_num_threads())
 
@@ -75,6 +75,23 @@ def all_dense(storage: str, rows: int, shape: tuple[int, int], nnz: int, dtype: 
     """Whether on the CPU all three products of a layer run dense. storage: "masked" or "sparse"; the rest: see sparse_pays."""
     kinds = KINDS[:3] if storage == "masked" else KINDS[3:]
     return _none_pays(kinds, rows, shape, nnz, dtype, _mode, torch.get_num_threads())
+
+
+def _pays_on_gpu(kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype) -> bool:
+    """Where nothing is known of the card or the dtype, whatever has a kernel runs on it."""
+    if kind not in LAYER_KERNELS:
+        return False
+    device, name = _gpu(torch.cuda.current_device()), str(dtype).removeprefix("torch.")
+    if device is None or name not in DTYPES or not rows or not shape[0] * shape[1]:
+        return True
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    return kernel_pays(device, kind, rows, shape[0], shape[1], nnz, name, tf32)
+
+
+@cache
+def _gpu(index: int) -> Device | None:
+    about = torch.cuda.get_device_properties(index)
+    return device_of(about.name, getattr(about, "gcnArchName", None) or f"sm_{about.major}{about.minor}")
 
 
 @contextmanager

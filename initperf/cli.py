@@ -292,12 +292,29 @@ def doctor(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure from which density on sparse kernels pay here, and keep it.")
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: which kernel would run on this GPU and why, on any machine: h100, a100, mi300x, ..."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="With --gpu: bfloat16, float16 or float32.")] = "bfloat16",
+    tf32: Annotated[bool, typer.Option("--tf32", help="With --gpu: float32 products may run in TF32.")] = False,
+    ticket: Annotated[Path | None, typer.Option(help="With --gpu: for the masks of this ticket.")] = None,
 ) -> None:
     """Show versions, devices, which backend runs each op, from which density on it pays, and what is missing and how to get it."""
     from initperf.doctor import examine, tables
     from initperf.terminal import open_console, show
 
     console = open_console()
+    if gpu is not None:
+        from initperf.gpu_report import report as gpu_report
+        from initperf.ticket import Ticket
+
+        masks = None if ticket is None else Ticket.load(ticket).masks
+        for table in gpu_report(gpu, dtype=dtype, tf32=tf32, masks=masks):
+            show(console, table)
+        return
     if calibrate:
         from rich.progress import track
 

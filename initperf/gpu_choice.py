@@ -8,6 +8,7 @@ prediction; none of it was measured on a GPU.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 from .checks import check, fail
@@ -18,9 +19,15 @@ OPS = ("forward", "dx", "dw")
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DECODE_ROWS = 64
 BLOCKS = (16, 32, 64, 128)
-GROUP_BYTES = (
-    1.25 + 0.03
-)  # of a survivor in decode beside its value: 8-bit column, its share of the base, and free places
+# Of a survivor in decode beside its value: 8-bit column, its share of the base, and free places.
+GROUP_BYTES = 1.25 + 0.03
+# What a layer runs of the candidates where it runs a sparse kernel: kind -> (op, kernel, kernel in 16 bits).
+LAYER_KERNELS = {
+    "masked_grad_weight": ("dw", "masked tiles", "masked tiles"),
+    "sparse_linear": ("forward", "rows", "rows"),
+    "sparse_grad_input": ("dx", "rows", "rows"),
+    "sparse_grad_values": ("dw", "rows at survivors", "tiles at survivors"),
+}
 # Targets with few counts of their own take those of the nearest with all.
 NEAREST = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80", "gfx950": "gfx942"}
 # What COUNTS holds: a key here -> the row of docs/gpu.md whose cycles a unit it takes.
@@ -66,11 +73,13 @@ def choose(
     tiles: float = 1.0,
     block: int | None = None,
     blocks: float = 1.0,
+    compressed: bool = False,
 ) -> list[Candidate]:
     """Candidates for one product of a layer, the fastest first.
 
     op: forward, dx or dw. rows: of the batch. density: surviving fraction of the weights. tiles: fraction of 128 x 128 tiles
     with a survivor. block, blocks: the mask consists of whole blocks of that size, and keeps this fraction of them.
+    compressed: only survivors are stored, so that dense has to unpack the weight first, or to pack its gradient.
     """
     if gpu not in DEVICES:
         fail(f"gpu to be one of {', '.join(DEVICES)}", gpu)
@@ -83,9 +92,10 @@ def choose(
     weights, activations = outputs * inputs, rows * (outputs + inputs) * size
     macs = float(rows) * weights
     peak = device.peaks["16bit" if size == 2 else "tf32" if tf32 else "float32"]
-    mask_pass = 2 * weights * size if op == "dw" else 0  # dense gradients are masked in a pass of their own
-    dense_bytes = weights * size + activations + mask_pass
-    found = [_candidate("dense", device, {"matrix": 2 * macs / peak / 1e6}, dense_bytes, 2 if mask_pass else 1)]
+    dense_times = {"matrix": 2 * macs / peak / 1e6}
+    # dense gradients are masked, and compressed weights packed or unpacked, in a pass of its own, before or after
+    second_pass = 2 * weights * size if op == "dw" or compressed else 0
+    found = [_candidate("dense", device, dense_times, weights * size + activations, 1, second_pass)]
 
     def sparse(kernel: str, key: str, units: float, nbytes: float, launches: int = 1, matrix: float = 0.0) -> None:
         counted = COUNTS[NEAREST.get(device.target, device.target)][key]
@@ -144,33 +154,32 @@ def choose(
     return sorted(found, key=lambda candidate: candidate.us)
 
 
-def _candidate(kernel: str, device: Device, times: dict[str, float], nbytes: float, launches: int) -> Candidate:
-    times = times | {"memory": nbytes / device.memory / 1e6, "launches": launches * device.launch_us}
-    busy = sum(t**4 for name, t in times.items() if name != "launches") ** 0.25
-    us = busy + times["launches"]
+def _candidate(
+    kernel: str, device: Device, times: dict[str, float], nbytes: float, launches: int, second_pass: float = 0
+) -> Candidate:
+    times = times | {"memory": nbytes / device.memory / 1e6}
+    serial = {"launches": (launches + bool(second_pass)) * device.launch_us}
+    serial["second pass"] = second_pass / device.memory / 1e6
+    us = sum(t**4 for t in times.values()) ** 0.25 + sum(serial.values())
+    times |= serial
     bound = max(times, key=lambda name: times[name])
     return Candidate(kernel, us, f"{bound} {times[bound] / us:.0%}")
 
 
-def report(gpu: str, *, dtype: str = "bfloat16", tf32: bool = False) -> str:
-    """A table for `initperf doctor --gpu`: by op, rows, shape and density what would run, how many times dense's speed, and what bounds it."""
-    if gpu not in DEVICES:
-        fail(f"gpu to be one of {', '.join(DEVICES)}", gpu)
-    device, densities = DEVICES[gpu], (0.5, 0.2, 0.1, 0.02)
-    lines = [
-        f"{gpu} ({device.target}), {dtype}{', TF32' if tf32 else ''}: predicted, not measured. From counted instructions and",
-        device.source,
-        "By density: the kernel that would run, its speed over dense on the pre-masked weight, and what most of its time goes to.",
-        f"{'op':7} {'rows':>5} {'out x in':>12} {'dense us':>9} " + " ".join(f"{d:<34}" for d in densities),
-    ]
-    for op in OPS:
-        for rows in (1, 16, 256, 4096) if op == "forward" else (256, 4096):
-            for outputs, inputs in ((1024, 1024), (4096, 4096), (28672, 8192)):
-                cells = []
-                for density in densities:
-                    found = choose(gpu, op, rows, outputs, inputs, density, dtype=dtype, tf32=tf32)
-                    dense = next(c for c in found if c.kernel == "dense")
-                    cells.append(f"{found[0].kernel} {dense.us / found[0].us:.2f}, {found[0].bound}")
-                line = f"{op:7} {rows:5} {f'{outputs} x {inputs}':>12} {dense.us:9.1f} "
-                lines.append((line + " ".join(f"{c:<34}" for c in cells)).rstrip())
-    return "\n".join(lines)
+@lru_cache(maxsize=4096)
+def kernel_pays(
+    device: Device, kind: str, rows: int, outputs: int, inputs: int, kept: int, dtype: str, tf32: bool
+) -> bool:
+    """Whether a layer's sparse kernel of `kind` (of LAYER_KERNELS) is predicted to be faster than dense on this device.
+
+    kept: survivors; of masked_grad_weight, whose kernel pays by tile, tiles of 128 x 128 that hold one.
+    """
+    op, kernel, narrow = LAYER_KERNELS[kind]
+    masked = kind.startswith("masked")
+    share = min(1.0, kept / (-(-outputs // 128) * -(-inputs // 128) if masked else outputs * inputs))
+    density, tiles = (1.0, share) if masked else (share, 1.0)
+    found = choose(
+        device.name, op, rows, outputs, inputs, density, dtype=dtype, tf32=tf32, tiles=tiles, compressed=not masked
+    )
+    wanted = (narrow if DTYPES[dtype] == 2 else kernel, "dense")
+    return next(c.kernel for c in found if c.kernel in wanted) != "dense"

@@ -14,7 +14,7 @@ class Device:
     cores: int  # streaming multiprocessors, compute units
     ghz: float  # the boost clock that the peaks are given at
     memory: float
-    peaks: dict[str, float] = field(repr=False)
+    peaks: dict[str, float] = field(repr=False, hash=False)
     shared_kib: int = 0  # shared memory of a core; a program gets `program_kib` of it
     program_kib: int = 0
     warps: int = 64  # resident on a core
@@ -80,3 +80,9 @@ BY_TARGET = {
     d.target: d
     for d in (DEVICES[n] for n in ("a100", "rtx3090", "rtx4090", "h100", "b200", "rtx5090", "mi300x", "mi355x"))
 }
+
+
+def device_of(name: str, target: str) -> Device | None:
+    """The listed GPU that a card's own name contains ("NVIDIA H200" is h200), else the one that stands for its target, else None."""
+    plain = name.lower().replace(" ", "")
+    return next((d for d in DEVICES.values() if d.name in plain), BY_TARGET.get(target.split(":")[0]))

@@ -26,10 +26,7 @@ _DENSE = {"cpu": "mkl", "cuda": "cublas"}
 def _run(name: str, rows: int, like: Tensor, mask: Tensor, pattern: list[Tensor], *args: Any) -> Tensor:
     device = like.device.type
     dense = _dense(name, device)
-    if dense is None or (
-        pattern
-        and sparse_pays(name, rows, mask.shape, pattern[1].numel(), like.dtype, device, masks=args[-1] is not True)
-    ):
+    if dense is None or (pattern and sparse_pays(name, rows, mask.shape, pattern[1].numel(), like.dtype, device)):
         return ops.implementation(name, device)(*args)
     ops.CALLS[name, _DENSE[device]] += 1
     return dense(*args)

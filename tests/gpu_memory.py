@@ -1,15 +1,28 @@
-"""Every load and store of Triton's interpreter checked against the tensors of its launch, and tensors that lie far away."""
+"""Every load and store of Triton's interpreter checked against the tensors of its launch, alignment as kernels claim it, and tensors that lie far away."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import mmap
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-SHIFTS = dict[int, int]  # address of a tensor -> bytes by which kernels find it further up
+
+class Memory(dict[int, int]):
+    """Address of a tensor -> bytes by which kernels find it further up; `also`: tensors that kernels get the address of in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.also: list[torch.Tensor] = []
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        self.also += tensors
 
 
 def _span(tensor: torch.Tensor) -> int:
@@ -22,11 +35,11 @@ def _span(tensor: torch.Tensor) -> int:
 
 class _Checker:
     def __init__(self) -> None:
-        self.shifts: SHIFTS = {}
+        self.shifts = Memory()
         self.low = self.high = self.shift = np.empty(0, np.uint64)
 
     def launch(self, args: list[object]) -> None:
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        tensors = [a for a in args if isinstance(a, torch.Tensor)] + self.shifts.also
         spans = sorted(
             {
                 (t.data_ptr() + self.shifts.get(t.data_ptr(), 0), _span(t), self.shifts.get(t.data_ptr(), 0))
@@ -53,7 +66,7 @@ class _Checker:
 
 
 @pytest.fixture
-def checked_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[SHIFTS]:
+def checked_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
     """No kernel of the test may touch memory outside its arguments. Yields the shifts that `far_away` fills."""
     checker = _Checker()
     if torch.cuda.is_available():
@@ -82,13 +95,22 @@ def checked_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[SHIFTS]:
         checker.launch([*args, *kwargs.values()])
         return args, kwargs
 
+    set_attr = interpreter.TensorHandle.set_attr
+
+    def checked_set_attr(self, key, value):
+        step = np.prod(value) if key == "tt.divisibility" and isinstance(self.dtype, interpreter.tl.pointer_type) else 1
+        if (self.data % np.uint64(step)).any():
+            raise IndexError(f"an address said to be a multiple of {step} is none, and would be read outside")
+        set_attr(self, key, value)
+
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", checked_set_attr)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", checked_load)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", checked_store)
     monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", checked_prepare)
     yield checker.shifts
 
 
-def far_away(tensor: torch.Tensor, elements: int, shifts: SHIFTS) -> torch.Tensor:
+def far_away(tensor: torch.Tensor, elements: int, shifts: Memory) -> torch.Tensor:
     """The tensor, which kernels must now address `elements` further up: a virtual one, larger than any memory."""
     if torch.cuda.is_available():
         pytest.skip("virtual tensors exist in the interpreter only")
@@ -105,3 +127,46 @@ def nan_around(tensor: torch.Tensor, guard: int = 64) -> Iterator[torch.Tensor]:
     inner.copy_(tensor)
     yield inner
     assert bool(flat[:guard].isnan().all() and flat[-guard:].isnan().all()), "a kernel wrote outside its output"
+
+
+def virtual(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in reserved memory, of which only what is touched takes room: for strides and sizes beyond 2^31 elements."""
+    if torch.cuda.is_available():
+        pytest.skip("virtual tensors exist in the interpreter only")
+    elements = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0x4000 if sys.platform == "linux" else 0)  # MAP_NORESERVE
+    try:
+        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    except (OSError, ValueError, OverflowError):
+        pytest.skip(f"{elements * dtype.itemsize >> 30} GiB of address space cannot be reserved here")
+    return torch.frombuffer(memory, dtype=dtype, count=elements).as_strided(shape, strides)
+
+
+def apart(tensor: torch.Tensor, stride: int = (1 << 31) + 8) -> torch.Tensor:
+    """The same matrix with rows so far from each other that the second begins beyond 2^31 elements."""
+    far = virtual(tuple(tensor.shape), (stride, 1), tensor.dtype)
+    return far.copy_(tensor)
+
+
+class LastProgram:
+    """A kernel of which a launch runs the last program only, by its own number: for launches of millions."""
+
+    def __init__(self, kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kernel, self.monkeypatch = kernel, monkeypatch
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        from triton.runtime import interpreter
+
+        last = [n - 1 for n in grid] + [0] * (3 - len(grid))
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            with self.monkeypatch.context() as patch:
+                patch.setattr(
+                    interpreter.InterpreterBuilder,
+                    "set_grid_idx",
+                    lambda self, *_: setattr(self, "grid_idx", tuple(last)),
+                )
+                self.kernel[(1,)](*args, **kwargs)
+
+        assert math.prod(grid) > 1
+        return launch

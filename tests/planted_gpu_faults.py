@@ -10,7 +10,9 @@ from initperf.kernels.gpu import decode, sample, sparse_matmul
 
 from benchmarks import gpu_static
 from benchmarks.aot import changed
-from benchmarks.gpu_cases import BF16, F32, Case, _decode, _sample, _spmm, replaced
+from benchmarks.gpu_case import BF16, F32, Case, replaced
+from benchmarks.gpu_cases import sample_case
+from benchmarks.gpu_products import decode_case, spmm_case
 
 
 class Limited:
@@ -31,7 +33,7 @@ def row(case: Case, *faults: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    decoding, product, normal = _decode(1, BF16, 0.1), _spmm(256, F32, 0.1), _sample("normal", F32, 1 << 20)
+    decoding, product, normal = decode_case(1, BF16, 0.1), spmm_case(256, F32, 0.1), sample_case("normal", F32, 1 << 20)
     slow = changed(
         decode._decode,
         "even += value * x.to(tl.float32)",

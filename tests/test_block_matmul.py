@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_memory import checked_memory, far_away
+from gpu_memory import apart, checked_memory, far_away, virtual
 from tolerance import assert_close_to_exact, bits
 
 from initperf.reference import block_matmul as reference
@@ -103,6 +103,39 @@ def test_blocks_beyond_two_to_the_31_elements_are_found(checked_memory):
     shift = 1 << 24  # blocks of 256 values, so elements from 2^32 on
     far = far_away(values, shift * 256, checked_memory)
     assert torch.equal(bits(gpu.block_matmul(x, far, start, columns, order, 32, perm=perm + shift)), bits(want))
+
+
+def test_rows_beyond_two_to_the_31_elements_are_found():
+    x, dy, _, mask, values = problem(3, 64, 96, 32, 0.7, torch.bfloat16)
+    pattern = reference.block_rows(mask)
+    want, want_grad = gpu.block_matmul(x, values, *pattern, 64), gpu.block_grad(dy, x, *pattern, 32)
+    assert torch.equal(bits(gpu.block_matmul(apart(x), values, *pattern, 64)), bits(want))
+    assert torch.equal(bits(gpu.block_grad(apart(dy), apart(x), *pattern, 32)), bits(want_grad))
+
+
+def test_outputs_beyond_two_to_the_31_elements_are_found():
+    x, dy, _, mask, values = problem(3, 32, 32, 16, 1.0, torch.float32)
+    start, columns, order = reference.block_rows(mask)
+    want, want_grad = (
+        gpu.block_matmul(x, values, start, columns, order, 32),
+        gpu.block_grad(dy, x, start, columns, order, 16),
+    )
+    y, unit = virtual((3, 32), ((1 << 31) + 8, 1), torch.float32), 8
+    gpu._block_matmul[(1, 2)](
+        x, values, start, columns, None, order, None, y, 3, 4, 32 // unit, 4, y.stride(0) // unit,
+        TRANSPOSED=False, PRECISION="ieee", UNIT=unit, EVEN_K=True, BLOCK=16, BATCH=16, INNER=32,
+    )  # fmt: skip
+    assert torch.equal(bits(y), bits(want))
+    shift = 1 << 23  # blocks of 256 values: the last ones from 2^31 on
+    grad = virtual((shift + 4, 16, 16), (256, 16, 1), torch.float32)
+    rows, first = (torch.tensor(t, dtype=torch.int32) for t in ([0, 1], [shift, shift + 2]))
+    far = torch.zeros(shift + 4, dtype=torch.int32)
+    far[shift:] = columns
+    gpu._block_grad[(2,)](
+        dy, x, start + shift, far, rows, first, grad, 3, 4, 4, 4, 4,
+        PRECISION="ieee", EVEN_B=False, EVEN=True, BLOCK=16, BATCH=16, MANY=8,
+    )  # fmt: skip
+    assert torch.equal(bits(grad[shift:]), bits(want_grad))
 
 
 def test_no_batch_and_no_blocks(gpu_device):

@@ -341,3 +341,14 @@ def test_doctor_fails_when_a_kernel_disagrees(call, monkeypatch):
     code, out, _ = call("doctor", "--json")
     assert code == 1
     assert json.loads(out)["ops"]["sample_"]["equal"] is False
+
+
+def test_doctor_says_which_kernel_would_run_on_a_gpu_that_this_machine_lacks(call, refused, finished):
+    code, out, _ = call("doctor", "--gpu", "h100", "--dtype", "float32", "--tf32")
+    assert code == 0
+    assert "h100 (sm_90), float32, TF32: predicted, not measured" in out
+    assert "dense" in out
+    out = call("doctor", "--gpu", "mi300x", "--ticket", finished / "tickets/trial0-level1.safetensors")[1]
+    assert "live tiles" in out
+    assert "weight" in out
+    assert "gpu to be one of" in refused("doctor", "--gpu", "gtx1080")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import GPU
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from benchmarks import aot, gpu_model, gpu_run, gpu_static, gpu_tune  # noqa: E402
 from initperf.gpu_choice import KEYS  # noqa: E402
 from initperf.gpu_counts import COUNTS  # noqa: E402
 from initperf.gpu_devices import BY_TARGET, DEVICES  # noqa: E402
-
-OURS = ("decode", "sparse_matmul", "sparse_grad", "block_matmul")
 
 
 def compiled(*arguments):
@@ -29,7 +28,7 @@ def compiled(*arguments):
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "rows.json"
-    done = compiled("-m", "benchmarks.gpu_static", "--tests", "--targets", "sm_90", "gfx942", "--json", str(path))
+    done = compiled("-m", "benchmarks.gpu_static", "--tests", "--targets", *gpu_static.MAIN, "--json", str(path))
     assert path.exists(), done.stderr[-2000:]
     return {(r["target"], r["op"], r["label"]): r for r in json.loads(path.read_text())}
 
@@ -37,7 +36,9 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recorded():
     stored = json.loads((ROOT / "docs" / "gpu.json").read_text())
-    return {(r["target"], r["op"], r["label"]): r for r in stored["rows"]}
+    if stored["versions"]["triton"] != triton.__version__:
+        pytest.skip(f"docs/gpu.json was counted with Triton {stored['versions']['triton']}: make gpu-report")
+    return stored["rows"]
 
 
 @pytest.fixture(scope="module")
@@ -47,43 +48,60 @@ def planted():
     return json.loads(done.stdout)
 
 
-def test_every_op_compiles_for_both_makers(rows):
-    ops = {op for _, op, _ in rows}
-    assert {"sample", "masked_matmul", "moments", "select", *OURS} <= ops
+def test_every_kernel_compiles_for_every_main_target(rows):
+    seen = {kernel["kernel"] for r in rows.values() for kernel in r["kernels"]}
+    folder = ROOT / "kernels" / "gpu"
+    launched = {name for path in folder.glob("*.py") for name in re.findall(r"^ +(\w+)\[", path.read_text(), re.M)}
+    assert launched >= {"_fill", "_fill_many", "_decode", "_masked_grad_weight", "combine"}
+    kernels = {
+        name for path in folder.glob("*.py") for name in re.findall(r"@triton\.jit.*\ndef (\w+)", path.read_text())
+    }
+    assert seen == launched & kernels
+    by_target = {
+        t: {k["kernel"] for (target, *_), r in rows.items() if target == t for k in r["kernels"]}
+        for t in gpu_static.MAIN
+    }
+    assert all(found == seen for found in by_target.values())
     assert all(r["kernels"] for r in rows.values()), [k for k, r in rows.items() if not r["kernels"]]
 
 
-def test_no_kernel_has_a_flaw_that_was_not_recorded(rows, recorded):
-    new = {key: flaws for key, r in rows.items() if (flaws := set(r["problems"]) - set(recorded[key]["problems"]))}
-    assert not new
-
-
-def test_products_and_decode_have_no_flaw_on_any_target(recorded):
-    assert not {key: r["problems"] for key, r in recorded.items() if key[1] in OURS and r["problems"]}
+def test_no_kernel_has_a_flaw(rows):
+    assert not {key: r["problems"] for key, r in rows.items() if r["problems"]}
 
 
 def test_no_kernel_got_worse_than_recorded(rows, recorded):
-    assert not {key: w for key, r in rows.items() if (w := gpu_static.worse(r, recorded[key]))}
+    assert not {key: w for key, r in rows.items() if (w := gpu_static.worse(r, recorded[gpu_static.key(r)]))}
 
 
-def test_the_mask_costs_the_weight_gradient_less_than_a_tenth(rows):
+@pytest.mark.parametrize("target", gpu_static.MAIN)
+def test_the_mask_costs_the_weight_gradient_less_than_a_tenth(rows, target):
     label = "dw bfloat16 4096 x 4096 x 4096"
-    masked, plain = (rows["sm_90", "masked_matmul", name] for name in (label, f"{label}, no mask"))
-    assert masked["predicted_us"] <= 1.1 * plain["predicted_us"]
+    masked, plain = (rows[target, "masked_matmul", name] for name in (label, f"{label}, no mask"))
+    assert masked["share"] >= 0.9 * plain["share"]
+
+
+@pytest.mark.parametrize("target", gpu_static.MAIN)
+def test_a_size_that_divides_by_8_only_is_stored_in_wide_vectors_and_none_of_its_values_is_loaded_alone(rows, target):
+    kernel = rows[target, "masked_matmul", "dw bfloat16 1000 x 1000 x 1000"]["kernels"][0]
+    assert set(kernel["stores"]) == {"64" if target == "gfx942" else "128"}
+    assert not {"8", "16"} & set(kernel["loads"])
 
 
 @pytest.mark.parametrize(("density", "times"), [(0.2, 2.5), (0.1, 5.0)])
 def test_one_row_moves_the_formats_bytes_and_is_predicted_faster_than_dense(rows, density, times):
-    row = rows["sm_90", "decode", f"1 rows bfloat16, density {density}"]
-    assert row["times_dense"] >= times
-    format_bytes = (16 + 8 + 2) / 8  # a group: 8 values, 8 columns, its base
-    assert row["bytes_a_unit"] <= 1.05 * format_bytes
+    # b200 is not among them: bandwidth there has doubled and the first-level cache has not; docs/gpu.md shows its 1.5 and 2.7
+    for target in ("sm_80", "sm_90", "gfx942"):
+        row = rows[target, "decode", f"1 rows bfloat16, density {density}"]
+        assert row["times_dense"] >= times
+        format_bytes = (16 + 8 + 2) / 8  # a group: 8 values, 8 columns, its base
+        assert row["bytes_a_unit"] <= 1.05 * format_bytes
 
 
 def test_a_slower_kernel_is_predicted_slower_and_called_worse(planted):
     assert planted["slow"]["predicted_us"] > 1.05 * planted["sound"]["predicted_us"]
-    assert gpu_static.worse(planted["slow"], planted["sound"])
-    assert not gpu_static.worse(planted["sound"], planted["sound"])
+    sound = gpu_static.recorded(planted["sound"])
+    assert gpu_static.worse(planted["slow"], sound)
+    assert not gpu_static.worse(planted["sound"], sound)
 
 
 def test_spills_narrow_loads_and_approximations_are_seen(planted):
@@ -94,10 +112,12 @@ def test_spills_narrow_loads_and_approximations_are_seen(planted):
     assert not planted["sound product"]["problems"]
 
 
-def test_the_page_shows_every_recorded_case(recorded):
+def test_the_page_shows_every_recorded_case_and_no_flaw(recorded):
     page = (ROOT / "docs" / "gpu.md").read_text()
-    assert all(f"| {op} | {label} |" in page for _, op, label in recorded)
+    assert all("| {} | {} |".format(*name.split(" ", 1)[1].split(": ", 1)) in page for name in recorded)
     assert "Nothing here was measured on a GPU" in page
+    assert "Of these rows all do." in page
+    assert {name.split()[0] for name in recorded} == set(BY_TARGET)
 
 
 def test_counts_of_the_choice_are_those_of_the_code(rows):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_memory import checked_memory, far_away
+from gpu_memory import apart, checked_memory, far_away, virtual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close_to_exact, bits
@@ -174,6 +174,39 @@ def test_elements_beyond_two_to_the_31_are_found(checked_memory):
     far = far_away(xt, shift * 16, checked_memory).t()
     assert torch.equal(bits(gpu.sparse_matmul(far, weight[mask], start, wide + shift, order)), bits(want))
     assert torch.equal(bits(gpu_grad.sparse_grad(dy, far, start, wide + shift, order)), bits(want_grad))
+
+
+def test_gradient_by_tiles_of_any_memory_gives_the_same_bits(gpu_device):
+    x, dy, _, mask = problem(24, 40, 72, 0.4, torch.bfloat16, gpu_device)
+    want = gpu_grad.sparse_grad_tiles(dy, x, *by_tiles(mask))
+
+    def odd(t):
+        return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
+
+    def strided(t):
+        return torch.empty(t.shape[0], 2 * t.shape[1], device=t.device, dtype=t.dtype)[:, ::2].copy_(t)
+
+    for change in (odd, strided, lambda t: t.t().contiguous().t()):
+        assert torch.equal(bits(gpu_grad.sparse_grad_tiles(change(dy), change(x), *by_tiles(mask))), bits(want))
+
+
+def test_gradient_by_tiles_finds_rows_beyond_two_to_the_31_elements():
+    x, dy, _, mask = problem(3, 40, 72, 0.4, torch.bfloat16)
+    want = gpu_grad.sparse_grad_tiles(dy, x, *by_tiles(mask))
+    assert torch.equal(bits(gpu_grad.sparse_grad_tiles(apart(dy), apart(x), *by_tiles(mask))), bits(want))
+
+
+def test_outputs_beyond_two_to_the_31_elements_are_found():
+    batch, rows = 1 << 20, 2050  # 2^31 + 2^21 values of y, of which the last row alone is computed
+    x, _, weight, mask = problem(8, rows, 9, 0.5, torch.float32)
+    start, columns, _ = reference.rows(mask)
+    yt = virtual((rows, batch), (batch, 1), torch.float32)
+    words = gpu.chunk_words(weight[mask]), gpu.chunk_words(columns)
+    last = torch.tensor([rows - 1], dtype=torch.int32)
+    gpu._sparse_matmul[(1, 1)](
+        x.t().contiguous(), *words, weight[mask], columns, start, last, None, yt, 1, 1, batch // 8, BB=8, EVEN=True
+    )
+    assert_product(yt[-1:, :8].t(), x, weight[-1:].t(), x @ weight[-1:].t())
 
 
 def test_no_batch_and_no_survivors(gpu_device):

@@ -1,7 +1,9 @@
-"""The three masked products on a GPU, with tensor cores: the mask is one bit a weight, spread over a tile by shifts.
+"""The masked products on a GPU: torch's own for y and dx, and a gradient of the weight that computes live tiles only.
 
-Unstructured sparsity does not beat tensor cores in training shapes: what the mask saves is the memory traffic of a masked
-copy of the weight, and, in dW, tiles without a survivor. A program of dW computes one live tile and writes nothing else.
+In training shapes no sparse kernel beats the matrix unit at unstructured masks, and one that masks the weight on its way there
+loses to torch's dense product: so y and dx are that product, with the weight that a masked layer keeps zero where pruned.
+What the mask saves is in dW: no pass that masks it, and no work in tiles without a survivor. The mask costs the inner loop
+nothing: its bits, one word a load for 32 weights, are spread over the finished tile by shifts.
 """
 
 from __future__ import annotations
@@ -11,195 +13,108 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grad_tiles import sums, tile_of, tile_product
 from .pattern import TILE
-from .targets import cast, dot, tile
-
-# (rows of dy or x a step, rows and columns of an output tile, warps, stages) of 16-bit, 32-bit and 64-bit values.
-TILES = {
-    "sm_80": {2: (32, 128, 64, 8, 3), 4: (32, 64, 64, 8, 2), 8: (16, 32, 32, 4, 2)},
-    "sm_90": {2: (64, 128, 128, 8, 3), 4: (32, 64, 64, 8, 2), 8: (16, 32, 32, 4, 2)},
-    "sm_100": {2: (64, 128, 128, 8, 3), 4: (32, 64, 64, 8, 2), 8: (16, 32, 32, 4, 2)},
-    "gfx942": {2: (32, 128, 128, 8, 2), 4: (32, 64, 64, 8, 2), 8: (16, 32, 32, 4, 2)},
-}
+from .targets import cast, precision, rows_of_8
 
 
 @triton.jit
-def _dot(a, b, acc):
-    if acc.dtype == tl.float64:
-        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
-    return dot(a, b, acc)
-
-
-@triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    if dtype == tl.float64:
-        return x
-    return cast(x, dtype)
-
-
-@triton.jit
-def _bits(bits_ptr, rows, columns, stride_bn, inside):
-    """Whether each weight (row, column) survives."""
-    words = tl.load(bits_ptr + rows.to(tl.int64) * stride_bn + (columns >> 5), mask=inside, other=0)
-    return ((words >> (columns & 31)) & 1) != 0
-
-
-@triton.jit
-def _product_kernel(
+def _masked_grad_weight(
     # inputs
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    bits_ptr,
-    # outputs
-    y_ptr,
-    # sizes: y (B, N) = x (B, K) times W^T
+    dy_ptr,  # (B, N)
+    x_ptr,  # (B, K)
+    bits_ptr,  # (N, words)
+    tiles_ptr,  # (programs,): row of tiles << 16 | column of tiles
+    # output
+    grad_ptr,  # (N, K)
+    # sizes, strides: divided by 8 but for B, N and words; K and stride_gn by UNIT
     B,
     N,
     K,
-    # strides
-    stride_xb,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_bn,
-    stride_yb,
-    # tiles
-    TRANSPOSED: tl.constexpr,
-    BIAS: tl.constexpr,
+    words,
+    N8,
+    K8,
+    stride_db8,
+    stride_xb8,
+    stride_gn,
+    # scalars, tiles
+    ADD: tl.constexpr,
     SUMS: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    UNIT: tl.constexpr,
+    SIDE: tl.constexpr,  # of a tile of the list
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """y[b, n] = bias[n] + sum over k of x[b, k] W[n, k] M[n, k]. TRANSPOSED: the bits are of (k, n)."""
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_B, BLOCK_N), SUMS)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x_at = x_ptr + b[:, None].to(tl.int64) * stride_xb + k[None, :] * stride_xk
-        x = tl.load(x_at, mask=(b[:, None] < B) & (k[None, :] < K), other=0.0)
-        inside = (k[:, None] < K) & (n[None, :] < N)
-        w_at = weight_ptr + n[None, :].to(tl.int64) * stride_wn + k[:, None].to(tl.int64) * stride_wk
-        if TRANSPOSED:
-            alive = _bits(bits_ptr, k[:, None], n[None, :], stride_bn, inside)
-        else:
-            alive = _bits(bits_ptr, n[None, :], k[:, None], stride_bn, inside)
-        w = tl.load(w_at, mask=inside & alive, other=0.0)
-        acc = _dot(x, w, acc)
-    if BIAS:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(SUMS)[None, :]
-    y_at = y_ptr + b[:, None].to(tl.int64) * stride_yb + n[None, :]
-    tl.store(y_at, _rounded(acc, y_ptr.dtype.element_ty), mask=(b[:, None] < B) & (n[None, :] < N))
-
-
-@triton.jit
-def _weight_grad_kernel(
-    # inputs
-    dy_ptr,
-    x_ptr,
-    bits_ptr,
-    tiles_ptr,
-    # outputs
-    out_ptr,
-    # sizes
-    B,
-    N,
-    K,
-    # strides
-    stride_dyb,
-    stride_dyn,
-    stride_xb,
-    stride_xk,
-    stride_bn,
-    stride_on,
-    # tiles
-    SUMS: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out[n, k] = sum over b of dy[b, n] x[b, k] where bit (n, k) is set, 0 elsewhere, in the live tile of this program."""
+    """grad[n, k] = (ADD: +) sum over b of dy[b, n] x[b, k] where bit (n, k) is set, (ADD: +) 0 elsewhere, in one live tile."""
     live = tl.load(tiles_ptr + tl.program_id(0))
-    n = (live >> 16) * TILE + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = (live & 0xFFFF) * TILE + tl.program_id(2) * BLOCK_K
-    k = first + tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_N, BLOCK_K), SUMS)
-    for start in range(0, B, BLOCK_B):
-        b = start + tl.arange(0, BLOCK_B)
-        dy_at = dy_ptr + b[:, None].to(tl.int64) * stride_dyb + n[None, :] * stride_dyn
-        x_at = x_ptr + b[:, None].to(tl.int64) * stride_xb + k[None, :] * stride_xk
-        dy = tl.load(dy_at, mask=(b[:, None] < B) & (n[None, :] < N), other=0.0)
-        x = tl.load(x_at, mask=(b[:, None] < B) & (k[None, :] < K), other=0.0)
-        acc = _dot(tl.trans(dy), x, acc)
-    inside = (n[:, None] < N) & (k[None, :] < K)
-    word = first // 32 + tl.arange(0, BLOCK_K // 32)  # one load a 32 weights, spread by shifts
-    words_at = bits_ptr + n[:, None].to(tl.int64) * stride_bn + word[None, :]
-    words = tl.load(words_at, mask=(n[:, None] < N) & (word[None, :] < stride_bn), other=0)
-    alive = ((words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1).reshape(BLOCK_N, BLOCK_K) != 0
-    out_at = out_ptr + n[:, None].to(tl.int64) * stride_on + k[None, :]
-    tl.store(out_at, _rounded(tl.where(alive, acc, 0.0), out_ptr.dtype.element_ty), mask=inside)
-
-
-def _sums(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, bits: Tensor, transposed: bool) -> Tensor:
-    (B, K), N = x.shape, weight.shape[0]
-    y = x.new_empty(B, N)
-    if not y.numel():
-        return y
-    block_b, block_n, block_k, warps, stages = tile(TILES)[x.element_size()]
-    grid = (triton.cdiv(B, block_b), triton.cdiv(N, block_n))
-    _product_kernel[grid](
-        *(x, weight, x if bias is None else bias, bits, y),
-        *(B, N, K),
-        *(*x.stride(), *weight.stride(), bits.shape[1], N),
-        TRANSPOSED=transposed,
-        BIAS=bias is not None,
-        SUMS=_sums(x.dtype),
-        BLOCK_B=block_b,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=warps,
-        num_stages=stages,
+    first_n = (live >> 16) * SIDE + tl.program_id(1) * ROWS
+    first_k = (live & 0xFFFF) * SIDE + tl.program_id(2) * COLUMNS
+    acc = tile_product(
+        dy_ptr, x_ptr, first_n, first_k, B, N8, K8, stride_db8, stride_xb8, SUMS, PRECISION, EVEN, BATCH, ROWS, COLUMNS
     )
-    return y
+    rn, rk = first_n + tl.arange(0, ROWS), first_k + tl.arange(0, COLUMNS)
+    at = first_k // 32 + tl.arange(0, COLUMNS // 32)
+    word_ptr = bits_ptr + rn.to(tl.int64)[:, None] * words + at[None, :]
+    word = tl.load(word_ptr, mask=(rn < N)[:, None] & (at < words)[None, :], other=0)
+    alive = ((word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1).reshape(ROWS, COLUMNS) != 0
+    grad = tl.where(alive, acc, 0.0)
+    out_ptr = grad_ptr + rn.to(tl.int64)[:, None] * stride_gn * UNIT + rk[None, :]
+    inside = (rn < N)[:, None] & (rk < K * UNIT)[None, :]
+    if ADD:
+        grad += tl.load(out_ptr, mask=inside, other=0.0).to(SUMS)
+    tl.store(out_ptr, cast(grad, grad_ptr.dtype.element_ty), mask=inside)
 
 
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool
 ) -> Tensor:
     """See initperf/reference/masked_matmul.py."""
-    return _product(x, weight, None if bias is None else bias.contiguous(), pattern[0], False)
+    return torch.nn.functional.linear(x, weight if premasked else torch.where(mask, weight, 0), bias)
 
 
 def masked_grad_input(dy: Tensor, weight: Tensor, mask: Tensor, pattern: list[Tensor], premasked: bool) -> Tensor:
     """See initperf/reference/masked_matmul.py."""
-    return _product(dy, weight.t(), None, pattern[0], True)
+    return torch.mm(dy, weight if premasked else torch.where(mask, weight, 0))
 
 
-def masked_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]) -> Tensor:
-    """See initperf/reference/masked_matmul.py."""
+def masked_grad_weight(
+    dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor], *, into: Tensor | None = None
+) -> Tensor:
+    """See initperf/reference/masked_matmul.py; float32 in TF32 where torch allows that.
+
+    into: a gradient (N, K), contiguous, to which dW is added and which is returned: in tiles without a survivor nothing happens.
+    """
     (B, N), K = dy.shape, x.shape[1]
     bits, tiles = pattern
-    out = x.new_zeros(N, K)
+    if into is not None and not (into.shape == (N, K) and into.dtype == x.dtype and into.is_contiguous()):
+        raise ValueError(
+            f"Expected into to be contiguous, of shape {(N, K)} and {x.dtype}. "
+            f"Got shape {tuple(into.shape)}, strides {into.stride()} and {into.dtype}."
+        )
+    grad = x.new_zeros(N, K) if into is None else into
     if not B or not tiles.numel():
-        return out
-    block_b, block_n, block_k, warps, stages = tile(TILES)[x.element_size()]
-    _weight_grad_kernel[tiles.numel(), TILE // block_n, TILE // block_k](
-        *(dy, x, bits, tiles, out),
-        *(B, N, K),
-        *(*dy.stride(), *x.stride(), bits.shape[1], K),
-        SUMS=_sums(x.dtype),
-        TILE=TILE,
-        BLOCK_B=block_b,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        return grad
+    dy, x = rows_of_8(dy), rows_of_8(x)
+    batch, rows, columns, warps, stages = tile_of(x.dtype)
+    unit = 8 if K % 8 == 0 and grad.data_ptr() % 16 == 0 else 1
+    _masked_grad_weight[tiles.numel(), TILE // rows, TILE // columns](
+        *(dy, x, bits, tiles, grad),
+        *(B, N, K // unit, bits.shape[1]),
+        *(dy.shape[1] // 8, x.shape[1] // 8, dy.stride(0) // 8, x.stride(0) // 8, K // unit),
+        ADD=into is not None,
+        SUMS=sums(x.dtype),
+        PRECISION=precision(x.dtype),
+        EVEN=B % batch == 0 and N % TILE == 0 and K % TILE == 0,
+        UNIT=unit,
+        SIDE=TILE,
+        BATCH=batch,
+        ROWS=rows,
+        COLUMNS=columns,
         num_warps=warps,
         num_stages=stages,
+        enable_fp_fusion=True,
     )
-    return out
+    return grad

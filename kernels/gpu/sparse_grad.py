@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grad_tiles import tile_of, tile_product
 from .pattern import TILE
 from .sparse_matmul import feature_major
-from .targets import cast, dot, precision, rows_of_8, tile
+from .targets import cast, precision, rows_of_8, tile
 
 # Survivors and stretch of the batch of one program (one warp), by bytes of a value: 16 bytes of a row of x a thread.
 TILES = {
@@ -23,13 +24,6 @@ TILES = {
     "sm_90": {2: (8, 256), 4: (8, 128), 8: (8, 64)},
     "sm_100": {2: (8, 256), 4: (8, 128), 8: (8, 64)},
     "gfx942": {2: (8, 512), 4: (8, 256), 8: (8, 128)},
-}
-# Batch of a step, warps, stages of the tiles of 128 x 128, by bytes of a value.
-MATRIX_TILES = {
-    "sm_80": {2: (32, 8, 3), 4: (16, 8, 3)},
-    "sm_90": {2: (64, 8, 3), 4: (32, 8, 3)},
-    "sm_100": {2: (64, 8, 3), 4: (32, 8, 3)},
-    "gfx942": {2: (32, 8, 2), 4: (16, 8, 2)},
 }
 
 
@@ -113,20 +107,24 @@ def _sparse_grad_tiles(
 ):
     live = tl.load(tiles_ptr + tl.program_id(0))
     first_n, first_k = (live >> 16) * SIDE, (live & 0xFFFF) * SIDE
-    rb, rn, rk = tl.arange(0, BATCH), first_n + tl.arange(0, SIDE), first_k + tl.arange(0, SIDE)
-    dy_tile_ptr = dy_ptr + rb.to(tl.int64)[:, None] * stride_db8 * 8 + rn[None, :]
-    x_tile_ptr = x_ptr + rb.to(tl.int64)[:, None] * stride_xb8 * 8 + rk[None, :]
-    acc = tl.zeros((SIDE, SIDE), tl.float32)
-    for b in range(0, B, BATCH):
-        if EVEN:
-            dy, x = tl.load(dy_tile_ptr), tl.load(x_tile_ptr)
-        else:
-            on_b = (b + rb < B)[:, None]
-            dy = tl.load(dy_tile_ptr, mask=on_b & (rn < N8 * 8)[None, :], other=0.0)
-            x = tl.load(x_tile_ptr, mask=on_b & (rk < K8 * 8)[None, :], other=0.0)
-        acc = dot(dy.trans(1, 0), x, acc, PRECISION)
-        dy_tile_ptr += tl.full((), BATCH * 8, tl.int64) * stride_db8
-        x_tile_ptr += tl.full((), BATCH * 8, tl.int64) * stride_xb8
+    acc = tile_product(
+        dy_ptr,
+        x_ptr,
+        first_n,
+        first_k,
+        B,
+        N8,
+        K8,
+        stride_db8,
+        stride_xb8,
+        tl.float32,
+        PRECISION,
+        EVEN,
+        BATCH,
+        SIDE,
+        SIDE,
+    )
+    rn = first_n + tl.arange(0, SIDE)
     at = first_k // 32 + tl.arange(0, SIDE // 32)
     inside = (rn < N)[:, None] & (at < words)[None, :]
     word_at = rn.to(tl.int64)[:, None] * words + at[None, :]
@@ -194,7 +192,7 @@ def sparse_grad_tiles(dy: Tensor, x: Tensor, bits: Tensor, first: Tensor, tiles:
         return grad.zero_()
     n, k = dy.shape[1], x.shape[1]
     dy, x = rows_of_8(dy), rows_of_8(x)
-    batch, warps, stages = tile(MATRIX_TILES)[x.element_size()]
+    batch, _, _, warps, stages = tile_of(x.dtype)
     _sparse_grad_tiles[(tiles.numel(),)](
         *(dy, x, bits, first, tiles, grad),
         *(b, n, bits.shape[1], dy.shape[1] // 8, x.shape[1] // 8, dy.stride(0) // 8, x.stride(0) // 8),

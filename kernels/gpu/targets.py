@@ -58,7 +58,7 @@ def rows_of_8(x: Tensor) -> Tensor:
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """float32 x in dtype, rounded once to nearest even."""
+    """x, float32 or of dtype already, in dtype, rounded once to nearest even."""
     if INTERPRET and dtype == tl.bfloat16:
         word = x.to(tl.uint32, bitcast=True)
         even = ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(tl.uint16)
@@ -69,7 +69,9 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
-    """acc + a @ b with float32 sums; float32 operands stay float32 unless PRECISION is "tf32"."""
+    """acc + a @ b with float32 sums, float64 for float64; float32 operands stay float32 unless PRECISION is "tf32"."""
+    if acc.dtype == tl.float64:
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
