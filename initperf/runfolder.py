@@ -142,7 +142,9 @@ class RunFolder:
     def clear(self, network: Network) -> None:
         """Remove what a killed process left half written; only for the holder of the network's lock."""
         stale = [self.networks.glob(f".{network.name}.*")]
-        if network.kind == "ticket" and network.lr is None:  # one holder in a trial at a time, since each level needs the last
+        if (
+            network.kind == "ticket" and network.lr is None
+        ):  # one holder in a trial at a time, since each level needs the last
             places = ((self.tickets, "*"), (self.networks, "rewind*"), (self.networks, "*-kept*"))
             stale += [folder.glob(f".trial{network.trial}-{name}") for folder, name in places]
         for path in itertools.chain(*stale):
