@@ -36,7 +36,7 @@ KINDS = (  # the products of a masked layer, then those of a compressed one
     "sparse_grad_values",
 )
 ROWS = (1, 4, 16, 64, 256)  # batch rows
-WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22)  # of a layer
+WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)  # of a layer; the last are beyond the caches
 MOST = 0.95  # density from which no index is built (initperf/pattern.py)
 MODES = ("auto", "sparse", "dense")
 
@@ -170,7 +170,7 @@ def _built_in(kind: str, size: int) -> list[list[float]]:
     if kind.startswith("sparse"):  # the dense product would have to fill a dense weight first
         limits = [[0.4] * len(WEIGHTS) for _ in ROWS]
     else:
-        limits = [[0.0, 0.0, limit, limit] for limit in (1 / 12, 1 / 12, 1 / 8, 1 / 3, 1 / 3)]
+        limits = [[0.0, 0.0, limit, limit, limit] for limit in (1 / 12, 1 / 12, 1 / 8, 1 / 3, 1 / 3)]
     return [[limit * (0.5 if size == 2 else 1.0) for limit in row] for row in limits]
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from initperf import __version__
+from initperf.cli_experiment import experiment
 
 app = typer.Typer(
     name="initperf",
@@ -176,6 +177,9 @@ def _show_run(folder: Path, compare: Path | None = None) -> None:
     for sentence in found.sentences:
         console.print(f"  {sentence}", markup=False)
     console.print(f"\nReport: {page}", soft_wrap=True, markup=False)
+
+
+app.command()(experiment)
 
 
 @app.command()

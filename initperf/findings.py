@@ -185,10 +185,13 @@ def steps_table(run: Run) -> Table | None:
     if not run.steps:
         return None
     rows, previous = [], None
+    compressed = any(step.sparse_ms for step in run.steps)
     for step in sorted(run.steps, key=lambda s: (s.batch, s.level)):
-        ratio = f"{step.speedup:.2f}x" + (" (slower)" if step.speedup < 1 else "")
         batch = "" if step.batch == previous else str(step.batch)
-        rows.append([batch, percent(step.density), f"{step.dense_ms:.3f}", f"{step.masked_ms:.3f}", ratio])
+        cells = [f"{step.dense_ms:.3f}", f"{step.masked_ms:.3f}", _ratio(step.speedup)]
+        if compressed:
+            cells += [f"{step.sparse_ms:.3f}" if step.sparse_ms else NONE, _ratio(step.sparse_speedup)]
+        rows.append([batch, percent(step.density), *cells])
         previous = step.batch
     losing = sum(step.speedup < 1 for step in run.steps)
     notes = [
@@ -199,7 +202,12 @@ def steps_table(run: Run) -> Table | None:
             else "No row loses."
         )
     ]
-    return Table("Time of a step", ["batch", "surviving", "dense ms", "masked ms", "dense / masked"], rows, notes)
+    columns = ["batch", "surviving", "dense ms", "masked ms", "dense / masked"]
+    return Table("Time of a step", columns + ["compressed ms", "dense / compressed"] * compressed, rows, notes)
+
+
+def _ratio(speedup: float | None) -> str:
+    return NONE if speedup is None else f"{speedup:.2f}x" + (" (slower)" if speedup < 1 else "")
 
 
 def files_table(run: Run) -> Table | None:

@@ -4,63 +4,41 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from initperf import findings
+from initperf.analysis import FOLDER, write_analysis
+from initperf.analysis_findings import movement_table, overlap_table, own_rates_table, side_by_side, survivors_table
 from initperf.files import write_atomically
 from initperf.findings import Table, percent
+from initperf.report_style import CSS
 from initperf.results import Run, read_run
+from initperf.survivors import Overlap, Survivors, examine
 
-_CSS = """
-:root { color-scheme: light; --ink: #1d2430; --soft: #5c6675; --line: #e3e6ea; --blue: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 44px 28px 64px; }
-.tag { color: var(--soft); font-size: .84rem; letter-spacing: .02em; }
-.tag b { color: #8a4b00; background: #fff3df; border-radius: 4px; padding: 2px 8px; margin-left: 8px; font-weight: 600; }
-h1 { font-size: 1.9rem; line-height: 1.28; font-weight: 650; letter-spacing: -.012em; margin: .5rem 0 1.1rem; max-width: 34em; text-wrap: balance; }
-h2 { font-size: 1.12rem; margin: 2.6rem 0 .7rem; }
-ul.said { margin: 0; padding-left: 1.1em; color: #333d4b; max-width: 62em; }
-ul.said li { margin: .18rem 0; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 0 28px; margin: 1.8rem 0 .6rem; border-top: 1px solid var(--line); }
-.facts div { padding: 12px 0; border-bottom: 1px solid var(--line); }
-.facts b { display: block; font-size: 1.35rem; font-weight: 620; letter-spacing: -.01em; }
-.facts span { color: var(--soft); font-size: .84rem; }
-.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 34px 36px; margin-top: 2rem; }
-figure { margin: 0; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
-figure img { width: 100%; display: block; }
-figcaption { color: var(--soft); font-size: .86rem; margin-bottom: .35rem; }
-figcaption b { color: var(--ink); display: block; font-size: .98rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--soft); font-weight: 500; padding: 5px 22px 5px 0; border-bottom: 1px solid #b9c0c9; vertical-align: bottom; }
-td { padding: 3px 22px 3px 0; vertical-align: top; white-space: nowrap; }
-tr.group td { border-top: 1px solid var(--line); padding-top: 7px; }
-tr.group:first-child td { border-top: 0; }
-tr.ticket td { color: var(--blue); font-weight: 600; }
-td.text { white-space: normal; overflow-wrap: anywhere; min-width: 16em; }
-p.note { color: var(--soft); font-size: .84rem; max-width: 62em; margin: .6rem 0 0; }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: 0 44px; }
-footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; color: var(--soft); font-size: .84rem; }
-a { color: var(--blue); }
-@media (max-width: 800px) { .figures, .two { grid-template-columns: minmax(0, 1fr); } h1 { font-size: 1.5rem; } }
-@media print { main { padding: 0; max-width: none; } figure, table { break-inside: avoid; } }
-"""
+FIGURES = {
+    "How weights moved": "Kept by the pruning after a training against pruned; dashed: the permutation null, which has the selection and not the training.",
+    "Initial values of survivors": "Values before training of those that survive, in standard deviations of their layer's initialization (appendix F.1); dashed: all of them.",
+    "Layers and masks": "Which part of every layer survives, and how many survivors two trials share.",
+}
 
 
 def write_report(run_dir: str | Path, compare: str | Path | None = None) -> Path:
     """Write RUN/report.html from the run's csv and json files; `compare` adds a second run (another learning rate, say)."""
     run = read_run(run_dir)
-    page = render(run, read_run(compare) if compare is not None else None)
+    other = read_run(compare) if compare is not None else None
+    found = examine(run)
+    write_analysis(run, *found)
+    page = render(run, other, *found)
     return write_atomically(run.folder / "report.html", page)
 
 
-def render(run: Run, other: Run | None = None) -> str:
-    """The page as text."""
+def render(
+    run: Run, other: Run | None = None, survivors: Sequence[Survivors] = (), overlaps: Sequence[Overlap] = ()
+) -> str:
+    """The page as text; survivors and overlaps as initperf.survivors.examine finds them."""
     found = findings.verdict(run)
     labels = "".join(f"<b>{escape(label)}</b>" for label in findings.labels(run))
     tag = f"Lottery ticket · {escape(str(run.config.get('recipe', run.folder.name)))}{labels}"
@@ -73,7 +51,9 @@ def render(run: Run, other: Run | None = None) -> str:
     ]
     if other is not None:
         parts.append(_comparison(run, other))
-    parts += [_table(table) for table in findings.tables(run)]
+    levels, *tables = findings.tables(run)
+    parts += [_table(levels), _analysis(run, list(survivors), list(overlaps))]
+    parts += [_table(table) for table in tables]
     parts += [
         "<h2>Recipe</h2>",
         _table_body(["setting", "value"], [list(pair) for pair in flatten(run.config)], text=True),
@@ -86,7 +66,7 @@ def render(run: Run, other: Run | None = None) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+        f"<style>{CSS}</style>\n</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -153,8 +133,14 @@ def _figures(run: Run, other: Run | None) -> str:
         ),
         (
             "How soon",
-            "Left: iteration of early stopping. Right: median iteration at which the dense network's best validation loss is reached.",
+            "As the paper's figure 4: iteration of early stopping; median iteration at which the dense network's best validation loss is reached; accuracy at the end.",
             figures.speed_figure(run),
+            "wide",
+        ),
+        (
+            "Accuracy during training",
+            "As the paper's figure 3: the ticket at several levels, and two levels with every control; means and ranges over trials.",
+            figures.training_figure(run),
             "wide",
         ),
         ("Validation loss", "Means during training, and range over trials.", figures.curves_figure(run), "wide"),
@@ -162,19 +148,36 @@ def _figures(run: Run, other: Run | None) -> str:
     return '<div class="figures">' + "".join(_figure(*figure) for figure in shown) + "</div>"
 
 
+def _analysis(run: Run, survivors: list[Survivors], overlaps: list[Overlap]) -> str:
+    """Own learning rates, movement, initial values, overlap: as far as the run has them."""
+    from initperf import analysis_figures as figures
+
+    rates = own_rates_table(run)
+    parts = [_table(rates)] if rates else []
+    for table, title, svg in (
+        (movement_table(run), "How weights moved", figures.movement_figure(run)),
+        (survivors_table(run, survivors), "Initial values of survivors", figures.survivors_figure(run, survivors)),
+        (overlap_table(run, overlaps), "Layers and masks", figures.layers_figure(run, survivors, overlaps)),
+    ):
+        if table:
+            parts.append(_table(table, _figure("", FIGURES[title], svg, "wide")))
+    return "".join(parts)
+
+
 def _figure(title: str, caption: str, svg: str | None, css: str) -> str:
     if svg is None:
         return ""
     data = base64.b64encode(svg.encode()).decode()
+    heading = f"<b>{escape(title)}</b>" if title else ""
     return (
-        f'<figure class="{css}"><figcaption><b>{escape(title)}</b>{escape(caption)}</figcaption>'
-        f'<img alt="{escape(title)}: {escape(caption)}" src="data:image/svg+xml;base64,{data}"></figure>'
+        f'<figure class="{css}"><figcaption>{heading}{escape(caption)}</figcaption><div class="scroll">'
+        f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{data}"></div></figure>'
     )
 
 
-def _table(table: Table) -> str:
+def _table(table: Table, figure: str = "") -> str:
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
-    return f"<h2>{escape(table.title)}</h2>" + _table_body(table.columns, table.rows) + notes
+    return f"<h2>{escape(table.title)}</h2>{figure}" + _table_body(table.columns, table.rows) + notes
 
 
 def _table_body(columns: list[str], rows: list[list[str]], text: bool = False) -> str:
@@ -249,7 +252,7 @@ def _comparison(run: Run, other: Run) -> str:
     )
     said = "Their results are equal in every digit." if same else findings.verdict(other).headline
     names = run.folder.resolve().name, other.folder.resolve().name
-    table = findings.levels_table(other)
+    beside, whole = side_by_side(run, other, names), findings.levels_table(other)
     return (
         f"<h2>Compared with {escape(names[1])}</h2>"
         + _bullets([said])
@@ -258,16 +261,21 @@ def _comparison(run: Run, other: Run) -> str:
             if rows
             else '<p class="note">Their settings are the same.</p>'
         )
-        + ("" if same else _table_body(table.columns, table.rows))
+        + (
+            ""
+            if same
+            else (_table(beside) if beside else "") + _table(whole._replace(title=f"Every level of {names[1]}"))
+        )
     )
 
 
 def _footer(run: Run) -> str:
     links = [
         name
-        for name in ("results.csv", "curves.csv", "steps.csv", "config.json", "summary.json")
+        for name in ("results.csv", "curves.csv", "movement.csv", "steps.csv", "config.json", "summary.json")
         if (run.folder / name).is_file()
     ]
+    links += [f"{FOLDER}/{path.name}" for path in sorted((run.folder / FOLDER).glob("*.csv"))]
     data = run.config.get("attribution", "")
     return (
         f"<footer><p>{escape(str(data))}</p><p>Every number here comes from "

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from initperf.checks import fail
+from initperf.paired import Difference, Spread, paired_difference, spread
+from initperf.run_tables import POINT, ROW, STEP, Moved, Point, Row, Step, read_json, read_movement, read_table
 
-CONFIDENCE = 0.95
 NAMES = {
     "ticket": "ticket",
     "reinit": "re-initialized",
@@ -24,29 +22,6 @@ NAMES = {
 }
 
 
-class Spread(NamedTuple):
-    """Mean, least and greatest over trials."""
-
-    mean: float
-    low: float
-    high: float
-    trials: int
-
-
-class Difference(NamedTuple):
-    """Mean of paired differences with its 95% interval (Student's t); the interval is NaN below two trials."""
-
-    mean: float
-    low: float
-    high: float
-    trials: int
-
-    @property
-    def sign(self) -> int:
-        """1: above zero with 95% confidence, -1: below zero, 0: undecided."""
-        return int(self.low > 0) - int(self.high < 0)
-
-
 class Reach(NamedTuple):
     """When trials reached a goal: the median iteration, infinite where half of them or more never did."""
 
@@ -55,88 +30,12 @@ class Reach(NamedTuple):
     networks: int
 
 
-class Row(NamedTuple):
-    """One trained network; None where it never reached the dense network's best validation loss."""
-
-    trial: int
-    level: int
-    kind: str
-    density: float
-    iterations: int
-    early_stop_iteration: int
-    early_stop_val_loss: float
-    early_stop_test_accuracy: float
-    final_test_accuracy: float
-    iterations_to_dense_best: int | None
-    train_seconds: float
-
-
-class Point(NamedTuple):
-    """One evaluation during training."""
-
-    trial: int
-    level: int
-    kind: str
-    iteration: int
-    val_loss: float
-
-
-class Step(NamedTuple):
-    """A training step at one density: milliseconds, dense and masked."""
-
-    level: int
-    density: float
-    batch: int
-    dense_ms: float
-    masked_ms: float
-
-    @property
-    def speedup(self) -> float:
-        """How many times faster than dense; below 1 the mask costs time."""
-        return self.dense_ms / self.masked_ms
-
-
-def t_cdf(t: float, freedom: int) -> float:
-    """P(T <= t) of Student's t with whole degrees of freedom (Abramowitz & Stegun 26.7.3, 26.7.4)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term, total = (math.cos(angle) if odd else 1.0), 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= math.cos(angle) ** 2 * k / (k + 1)
-    area = math.sin(angle) * total
-    return 0.5 + ((angle + area) / math.pi if odd else area / 2)
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """The t with P(T <= t) = probability, by bisection to the last bit; probability in [0.5, 1)."""
-    low, high = 0.0, 1.0
-    while t_cdf(high, freedom) < probability:
-        high *= 2
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if t_cdf(middle, freedom) < probability else (low, middle)
-    return high
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Mean and range of at least one value."""
-    values = list(values)
-    return Spread(fmean(values), min(values), max(values), len(values))
-
-
-def paired_difference(differences: Iterable[float]) -> Difference:
-    """Mean and 95% interval of paired differences: mean +- t(0.975, n - 1) * s / sqrt(n)."""
-    values = list(differences)
-    mean, count = fmean(values), len(values)
-    if count < 2:
-        return Difference(mean, math.nan, math.nan, count)
-    half = t_quantile((1 + CONFIDENCE) / 2, count - 1) * stdev(values) / math.sqrt(count)
-    return Difference(mean, mean - half, mean + half, count)
-
-
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read. Level 0 is the dense network, with kind "ticket"."""
+    """A run folder, read. Level 0 is the dense network, with kind "ticket".
+
+    rows and points: at the run's own learning rate; other_rows and other_points: at the other ones, if any were tried.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -144,6 +43,9 @@ class Run:
     points: list[Point]
     steps: list[Step]
     summary: dict[str, Any]
+    movement: list[Moved] = field(default_factory=list)
+    other_rows: list[Row] = field(default_factory=list)
+    other_points: list[Point] = field(default_factory=list)
 
     @property
     def levels(self) -> list[int]:
@@ -192,14 +94,37 @@ class Run:
         values = self.by_trial(level, kind, column)
         return spread(values.values()) if values else None
 
+    def difference(
+        self, ours: tuple[int, str], other: tuple[int, str], column: str = "early_stop_test_accuracy"
+    ) -> Difference | None:
+        """Network `ours` minus `other`, each (level, kind), paired by trial; None where no trial has both."""
+        one, two = self.by_trial(*ours, column), self.by_trial(*other, column)
+        both = sorted(one.keys() & two.keys())
+        return paired_difference(one[trial] - two[trial] for trial in both) if both else None
+
     def lead(
         self, level: int, kind: str, column: str = "early_stop_test_accuracy", base: int | None = None
     ) -> Difference | None:
         """Ticket minus `kind`, paired by trial, at one level (the other network taken from level `base` if given)."""
-        ours = self.by_trial(level, "ticket", column)
-        other = self.by_trial(level if base is None else base, kind, column)
-        both = ours.keys() & other.keys()
-        return paired_difference(ours[trial] - other[trial] for trial in sorted(both)) if both else None
+        return self.difference((level, "ticket"), (level if base is None else base, kind), column)
+
+    def own_rates(self) -> tuple[Run, dict[tuple[int, str], float]]:
+        """Every network at the learning rate that is best for its level and kind, and which: least mean validation loss."""
+        rows, best = [*self.rows, *self.other_rows], {}
+        for level, kind in {(row.level, row.kind) for row in rows}:
+            losses: dict[float, list[float]] = {}
+            for row in rows:
+                if (row.level, row.kind) == (level, kind) and row.lr is not None:
+                    loss = row.early_stop_val_loss
+                    losses.setdefault(row.lr, []).append(math.inf if math.isnan(loss) else loss)
+            if losses:
+                best[level, kind] = min(losses, key=lambda lr: (fmean(losses[lr]), lr))
+
+        def chosen(found: Any) -> Any:
+            return [one for one in found if one.lr == best.get((one.level, one.kind), one.lr)]
+
+        points = chosen([*self.points, *self.other_points])
+        return replace(self, rows=chosen(rows), points=points, other_rows=[], other_points=[]), best
 
     def reach(self, level: int, kind: str) -> Reach | None:
         """When the networks reached the dense network's best validation loss."""
@@ -221,62 +146,6 @@ class Run:
         return bool(lead and ours and dense and lead.mean >= 0 and ours.mean <= dense.mean)
 
 
-def _accuracy(text: str) -> float:
-    if not text:
-        raise ValueError("no test accuracy (run.log(iteration, val_loss=..., test_accuracy=...) records it)")
-    return float(text)
-
-
-def _optional_int(text: str) -> int | None:
-    return int(text) if text else None
-
-
-_ROW: dict[str, Callable[[str], Any]] = {
-    "trial": int,
-    "level": int,
-    "kind": str,
-    "density": float,
-    "iterations": int,
-    "early_stop_iteration": int,
-    "early_stop_val_loss": float,
-    "early_stop_test_accuracy": _accuracy,
-    "final_test_accuracy": _accuracy,
-    "iterations_to_dense_best": _optional_int,
-    "train_seconds": float,
-}
-_POINT: dict[str, Callable[[str], Any]] = {"trial": int, "level": int, "kind": str, "iteration": int, "val_loss": float}
-_STEP: dict[str, Callable[[str], Any]] = {
-    "level": int,
-    "density": float,
-    "batch": int,
-    "dense_ms": float,
-    "masked_ms": float,
-}
-
-
-def _table(path: Path, columns: dict[str, Callable[[str], Any]], make: Callable[..., Any]) -> list[Any]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = columns.keys() - set(reader.fieldnames or ())
-        if missing:
-            fail(f"{path} to have the columns {', '.join(columns)}", f"none named {', '.join(sorted(missing))}")
-        rows = []
-        for row in reader:
-            try:
-                rows.append(make(*(convert(row[column]) for column, convert in columns.items())))
-            except (ValueError, TypeError) as error:
-                fail(f"a number for each of {', '.join(columns)} in line {reader.line_num} of {path}", error)
-    return rows
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        fail(f"JSON in {path}", error)
-    return found if isinstance(found, dict) else fail(f"a JSON object in {path}", type(found).__name__)
-
-
 def read_run(folder: str | Path) -> Run:
     """Read a run folder. curves.csv, steps.csv and summary.json may be absent (a run that was cut off); results.csv may not."""
     folder = Path(folder)
@@ -285,14 +154,22 @@ def read_run(folder: str | Path) -> Run:
     for name in ("config.json", "results.csv"):
         if not (folder / name).is_file():
             fail(f"{name} in the run folder {folder}", "no such file: is this the folder that --out named?")
-    rows = _table(folder / "results.csv", _ROW, Row)
+    rows = read_table(folder / "results.csv", ROW, Row, ("lr",))
     if not any(row.level == 0 and row.kind == "ticket" for row in rows):
         fail(f"the dense network (level 0) in {folder / 'results.csv'}", f"{len(rows)} rows without it")
+    config = read_json(folder / "config.json")
+    curves, steps = folder / "curves.csv", folder / "steps.csv"
+    points = read_table(curves, POINT, Point, ("test_accuracy", "lr")) if curves.is_file() else []
+    rate = config.get("lr")
+    rows, points = ([one._replace(lr=rate) if one.lr is None else one for one in found] for found in (rows, points))
     return Run(
         folder,
-        _json(folder / "config.json"),
-        rows,
-        _table(folder / "curves.csv", _POINT, Point) if (folder / "curves.csv").is_file() else [],
-        _table(folder / "steps.csv", _STEP, Step) if (folder / "steps.csv").is_file() else [],
-        _json(folder / "summary.json") if (folder / "summary.json").is_file() else {},
+        config,
+        [row for row in rows if row.lr == rate or rate is None],
+        [point for point in points if point.lr == rate or rate is None],
+        read_table(steps, STEP, Step, ("sparse_ms",)) if steps.is_file() else [],
+        read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {},
+        read_movement(folder / "movement.csv"),
+        [row for row in rows if row.lr != rate and rate is not None],
+        [point for point in points if point.lr != rate and rate is not None],
     )

@@ -17,8 +17,9 @@ from scipy import stats
 
 from initperf.checks import InitPerfError
 from initperf.findings import backends, levels_table, stretches, tables, verdict
+from initperf.paired import paired_difference, t_cdf, t_quantile
 from initperf.report import limitations, write_report
-from initperf.results import paired_difference, read_run, t_cdf, t_quantile
+from initperf.results import read_run
 
 VOID = {"meta", "img", "br", "link", "hr"}
 
@@ -225,7 +226,7 @@ def test_the_report_is_one_page_that_loads_nothing(folder):
     text = write_report(folder).read_text()
     page = Page(text)
     assert not page.tags & {"script", "link", "iframe"}
-    assert len(page.images) == 4
+    assert len(page.images) == 5
     assert "@import" not in text
     assert "url(" not in text
     for image in page.images:
