@@ -57,6 +57,9 @@ def test_permutations_differ_by_seed_and_stream_only():
 def test_any_set_of_mnists_format_loads_from_its_folder(folder):
     found = data.mnist(folder)
     assert (len(found.train), len(found.val), len(found.test), found.classes) == (100, 5000, 30, 7)
+    assert found.name == folder.name
+    assert "not MNIST itself" in found.about
+    assert "(measured on its training images)" in found.about
     assert found.train.x.shape[1] == 784
     raw = np.frombuffer(gzip.decompress((folder / "t10k-images-idx3-ubyte.gz").read_bytes())[16:], np.uint8)
     mean, std = (float(re.search(rf"{what} ([\d.]+\d)", found.about)[1]) for what in ("mean", "std"))
@@ -73,7 +76,8 @@ def test_unpacked_files_and_the_other_spelling_load_to_the_same(folder, tmp_path
 
 def test_mnist_itself_is_normalized_by_the_papers_constants(shared_data):
     found = data.mnist(shared_data / "mnist")
-    assert "mean 0.1307, std 0.3081" in found.about
+    assert "mean 0.1307, std 0.3081 (its published constants)" in found.about
+    assert found.name == "mnist"
     assert (len(found.train), len(found.val), len(found.test), found.classes) == (55_000, 5000, 10_000, 10)
     assert int(found.train.y.bincount().sum() + found.val.y.bincount().sum()) == 60_000
 

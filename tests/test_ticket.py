@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from torch import nn
 
 from initperf.checks import InitPerfError
 from initperf.convert import sparsify
-from initperf.experiments.networks import mlp
+from initperf.experiments.networks import mlp, network
 from initperf.init import initialize
+from initperf.inspection import tables
 from initperf.prune import magnitude
 from initperf.schemes import Init
 from initperf.ticket import Ticket
@@ -292,3 +295,94 @@ def test_a_ticket_of_compressed_layers_is_that_of_masked_ones_and_applies_to_eit
             assert type(layer).__name__ == ("SparseLinear" if sparse else "MaskedLinear")
             dense = layer.to_dense().weight
             assert torch.equal(dense, masked.get_submodule(name).weight)
+
+
+class Normed(nn.Module):
+    """A convolution, its norm, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x)).relu().flatten(1))
+
+
+def normed(sparse=None):
+    """Trained a little from its ticket, and that ticket, which holds values and statistics as after rewinding."""
+    model = Normed()
+    model(torch.randn(20, 1, 4, 4))  # moves the running statistics
+    weights = {"conv.weight": model.conv.weight, "fc.weight": model.fc.weight}
+    ticket = Ticket.from_model(model, masks=magnitude(weights, 0.5), buffers=dict(model.named_buffers()))
+    if sparse is not None:
+        sparsify(model, ticket.masks, sparse=sparse)
+        model(torch.randn(20, 1, 4, 4)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return model, ticket
+
+
+LOADING = """
+import sys
+sys.modules["initperf"] = None  # importing it raises
+import torch
+from torch import nn
+from safetensors.torch import load_file
+conv, norm, fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(16, 3)
+model = nn.ModuleDict({"conv": conv, "norm": norm, "fc": fc})
+model.load_state_dict(load_file(sys.argv[1]), strict=True)
+model.eval()
+x = torch.load(sys.argv[2])
+print((fc.weight == 0).sum().item(), (conv.weight == 0).sum().item())
+torch.save(fc(norm(conv(x)).relu().flatten(1)), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("trained", [None, False, True], ids=["untrained", "masked", "compressed"])
+def test_an_exported_checkpoint_loads_in_plain_torch_and_gives_the_same_outputs(tmp_path, trained):
+    model, ticket = normed(trained)
+    if trained is None:
+        ticket.apply(model)
+        ticket.export(tmp_path / "dense.safetensors")
+    else:
+        ticket.export(tmp_path / "dense.safetensors", model)
+    x = torch.randn(5, 1, 4, 4)
+    torch.save(x, tmp_path / "x.pt")
+    arguments = [sys.executable, "-c", LOADING, str(tmp_path / "dense.safetensors"), str(tmp_path / "x.pt")]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.split(), done.returncode) == (["24", "18"], 0), done.stderr
+    expected = model.eval()(x)
+    torch.testing.assert_close(torch.load(tmp_path / "x.pt"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_of_a_rewound_model_travel_in_the_file_and_inspect_shows_them(tmp_path):
+    model, ticket = normed()
+    path = ticket.save(tmp_path / "t.safetensors")
+    again = Ticket.load(path)
+    assert again.to_bytes() == ticket.to_bytes()
+    fresh = again.apply(Normed())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(fresh.get_buffer(name), buffer)
+    rows = {row[0]: row for row in tables(path)[0][0].rows}
+    assert rows["norm.running_var"][1:3] == ["4", "float32"]
+    assert rows["conv.weight"][1] == "4 x 1 x 3 x 3"
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 1
+    with pytest.raises(InitPerfError):
+        Ticket.load(write(tmp_path / "damaged", bytes(damaged)))
+    wider = Normed()
+    wider.norm = nn.BatchNorm2d(4, track_running_stats=False)
+    with pytest.raises(InitPerfError, match="norm.running_mean"):
+        again.apply(wider)
+    assert type(wider.conv) is nn.Conv2d
+
+
+def test_a_ticket_of_convolutions_comes_back_from_its_seed_in_a_thirtieth(tmp_path):
+    model = network((3, 32, 32), (64, 64), (256, 256), 10)
+    inits = initialize(model, "xavier_normal", seed=SEED)
+    masks = magnitude({n: p for n, p in model.named_parameters() if n.endswith("weight")}, 0.9)
+    path = Ticket.from_model(model, masks=masks, inits=inits).save(tmp_path / "t.safetensors")
+    save_file(model.state_dict(), tmp_path / "dense.safetensors")
+    assert 30 * path.stat().st_size <= (tmp_path / "dense.safetensors").stat().st_size
+    fresh = Ticket.load(path).apply(network((3, 32, 32), (64, 64), (256, 256), 10))
+    for name, mask in masks.items():
+        assert torch.equal(bits(fresh.get_parameter(name)), bits(model.get_parameter(name).masked_fill(~mask, 0)))
