@@ -14,7 +14,8 @@ from initperf import analysis, criteria, survivors
 from initperf.analysis import growth, movement_gap, movement_of, write_analysis
 from initperf.analysis_findings import evenly, movement_table, overlap_table, own_rates_table, survivors_table
 from initperf.experiments.side import Setting, one_thread
-from initperf.paired import paired_difference
+from initperf.findings import points
+from initperf.paired import Difference, paired_difference
 from initperf.report import write_report
 from initperf.results import read_run
 from initperf.runfolder import MOVEMENT
@@ -262,6 +263,10 @@ def test_a_compressed_step_is_read_where_it_was_timed(folder):
     assert [step.sparse_ms for step in run.steps] == [None, None, 0.3, 0.3]
     assert run.steps[3].sparse_speedup == pytest.approx(3)
     assert "3.00x" in write_report(folder).read_text()
+
+
+def test_differences_are_shown_in_points_with_their_interval():
+    assert points(Difference(0.0123, 0.01, -0.0146, 3)) == "+1.23 (+1.00 to -1.46)"
 
 
 def test_the_interval_divides_by_the_trials_minus_one():
