@@ -26,7 +26,6 @@ from initperf.kernels.cpu.sparse_linear import compress, expand
 from initperf.kernels.cpu.sparse_pattern import sparse_tensors
 
 DENSITIES = (0.05, 0.5)
-LARGEST = 1 << 30  # rows x weights beyond which a smaller batch's figure is taken over
 SECONDS = 0.008  # a timing lasts at least this, or three calls
 MARGIN = (
     0.95  # the sparse kernel must be that much faster: a wrong choice near the break-even costs little, a slow one more
@@ -51,12 +50,8 @@ def steps() -> Iterator[None]:
         for j, weights in enumerate(WEIGHTS):
             layers = [_Layer(math.isqrt(weights), density, dtype) for density in DENSITIES]
             for i, rows in enumerate(ROWS):
-                if rows * weights <= LARGEST:
-                    for kind, density in _break_evens(layers, rows):
-                        table[f"{kind}/{size}"][i][j] = density
-                else:
-                    for kind in KINDS:
-                        table[f"{kind}/{size}"][i][j] = table[f"{kind}/{size}"][i - 1][j]
+                for kind, density in _break_evens(layers, rows):
+                    table[f"{kind}/{size}"][i][j] = density
                 yield
     threads = torch.get_num_threads()
     content = {"threads": threads, "rows": ROWS, "weights": WEIGHTS, "table": table}

@@ -36,13 +36,14 @@ KINDS = (  # the products of a masked layer, then those of a compressed one
     "sparse_grad_values",
 )
 ROWS = (1, 4, 16, 64, 256)  # batch rows
-WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22)  # of a layer
+WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)  # of a layer; the last are beyond the caches
 MOST = 0.95  # density from which no index is built (initperf/pattern.py)
 MODES = ("auto", "sparse", "dense")
 
 Table = dict[str, list[list[float]]]  # "kind/bytes of an element" -> [rows][weights] -> break-even density
 
 _log = logging.getLogger("initperf")
+_calibrated = True
 _mode = os.environ.get("INITPERF_PRODUCTS") or "auto"
 check(_mode in MODES, f"INITPERF_PRODUCTS to be one of {', '.join(MODES)}", _mode)
 
@@ -76,6 +77,19 @@ def prefer(mode: str) -> Iterator[None]:
         _mode = before
 
 
+@contextmanager
+def built_in() -> Iterator[None]:
+    """Within the block the built-in table counts: results do not depend on whether, or when, this machine was calibrated."""
+    global _calibrated
+    before, _calibrated = _calibrated, False
+    forget()
+    try:
+        yield
+    finally:
+        _calibrated = before
+        forget()
+
+
 @lru_cache(maxsize=4096)
 def break_even(kind: str, rows: int, weights: int, itemsize: int, threads: int) -> float:
     """Density below which the sparse kernel is the faster, interpolated in the logarithms of rows and weights."""
@@ -101,7 +115,7 @@ def _between(grid: Sequence[int], value: int) -> tuple[int, float]:
 @cache
 def tables(threads: int) -> Table:
     """The measured table of this machine, or the built-in one."""
-    found = measured(threads)
+    found = measured(threads) if _calibrated else None
     return found if found is not None else BUILT_IN
 
 
@@ -156,7 +170,7 @@ def _built_in(kind: str, size: int) -> list[list[float]]:
     if kind.startswith("sparse"):  # the dense product would have to fill a dense weight first
         limits = [[0.4] * len(WEIGHTS) for _ in ROWS]
     else:
-        limits = [[0.0, 0.0, limit, limit] for limit in (1 / 12, 1 / 12, 1 / 8, 1 / 3, 1 / 3)]
+        limits = [[0.0, 0.0, limit, limit, limit] for limit in (1 / 12, 1 / 12, 1 / 8, 1 / 3, 1 / 3)]
     return [[limit * (0.5 if size == 2 else 1.0) for limit in row] for row in limits]
 
 

@@ -31,6 +31,7 @@ class _Interrupted(Exception):
 class Data(str, Enum):
     digits = "digits"
     mnist = "mnist"
+    cifar10 = "cifar10"
 
 
 def main(args: list[str] | None = None) -> int:
@@ -84,19 +85,36 @@ def _options(
 @app.command()
 def ticket(
     data: Annotated[
-        Data, typer.Option(help="digits ships with the package; mnist is read from --data-dir.")
-    ] = Data.digits,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the MNIST IDX files.")] = None,
+        Data | None,
+        typer.Option(help="If not given, the recipe or the files in --data-dir tell; without both, digits."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with IDX files (MNIST or any set of its format), or CIFAR-10.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Run folder; an unfinished run in it goes on.")] = Path("runs/ticket"),
-    recipe: Annotated[str | None, typer.Option(help="Named recipe; the data choose one if not given.")] = None,
-    budget: Annotated[str | None, typer.Option(help="quick, medium or paper; for mnist quick if not given.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="digits, lenet-paper, lenet-open-lth, conv2, conv4, conv6; the data choose one.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="quick, medium or paper; if not given quick, and for digits paper.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", "--levels", min=1, help="Rounds of pruning.")] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Training iterations of every network.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Repetitions with seeds of their own.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.")] = None,
+    control_lrs: Annotated[
+        str | None, typer.Option(help="Learning rates, with commas, at which ticket and controls train, too.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size.")] = None,
     controls: Annotated[
-        str | None, typer.Option(help="Any of reinit,shuffle,random,small-dense, with commas; none for no control.")
+        str | None,
+        typer.Option(help="Any of reinit,sign-reinit,shuffle,random,small-dense, with commas; all; none."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any other number of the recipe: warmup=100, evaluate_every=50."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything: weights, data order, controls.")] = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that train networks side by side.")] = None,
@@ -106,14 +124,19 @@ def ticket(
     The same command again continues a run that was interrupted.
     """
     from initperf.checks import check
-    from initperf.experiments.lenet import run_ticket
+    from initperf.experiments.tickets import run_ticket
+    from initperf.runfolder import KINDS
     from initperf.terminal import Bars, open_console
 
     check(lr is None or 0 < lr < math.inf, "--lr, the learning rate, to be above 0 and finite", lr)
+    settings = list(setting or []) + ([f"learning_rates={control_lrs}"] if control_lrs else [])
+    names = None
+    if controls is not None:
+        names = KINDS[1:] if controls == "all" else [name for name in controls.split(",") if name not in ("", "none")]
     with Bars(open_console()) as bars:
         try:
             folder = run_ticket(
-                data.value,
+                data.value if data else None,
                 data_dir,
                 out,
                 recipe=recipe,
@@ -123,9 +146,8 @@ def ticket(
                 trials=trials,
                 lr=lr,
                 batch=batch,
-                controls=None
-                if controls is None
-                else [name for name in controls.split(",") if name not in ("", "none")],
+                controls=names if names is None else tuple(names),
+                settings=settings,
                 seed=seed,
                 workers=workers,
                 progress=bars.on,

@@ -72,12 +72,18 @@ def conv_pays(
 
 
 def _run(name: str, batch: int, out: Ints, pattern: list[Tensor], shape: Ints, stride: Ints, *args: Any) -> Tensor:
-    device = args[0].device.type
-    sparse = bool(pattern) and conv_pays(name, batch, out, shape, pattern[1].numel(), args[0].dtype, device, stride)
-    if sparse or ops.backend_of(name, "cpu") == "reference":
-        return ops.implementation(name, device)(*args)
-    ops.CALLS[name, _DENSE[device]] += 1
+    if not _is_dense(name, batch, out, pattern, shape, stride, args[0]):
+        return ops.implementation(name, args[0].device.type)(*args)
+    ops.CALLS[name, _DENSE[args[0].device.type]] += 1
     return getattr(reference, name)(*args)
+
+
+def _is_dense(name: str, batch: int, out: Ints, pattern: list[Tensor], shape: Ints, stride: Ints, like: Tensor) -> bool:
+    """Whether torch's own convolution runs, and is counted as that."""
+    if ops.backend_of(name, "cpu") == "reference":
+        return False
+    nnz = pattern[1].numel() if pattern else 0
+    return not (pattern and conv_pays(name, batch, out, shape, nnz, like.dtype, like.device.type, stride))
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -144,6 +150,27 @@ masked_conv2d_grad_weight = ops.define(
 )
 
 
+def _both_dense(dy: Tensor, x: Tensor, pattern: list[Tensor], shape: Ints, stride: Ints) -> bool:
+    """Whether both gradients are torch's own, and nothing but autograd could tell that they come from one call."""
+    return (
+        not torch.is_grad_enabled()
+        and direct.plain(dy)
+        and _is_dense("masked_conv2d_grad_input", len(dy), x.shape[2:], pattern, shape, stride, dy)
+        and _is_dense("masked_conv2d_grad_weight", len(dy), dy.shape[2:], pattern, shape, stride, dy)
+    )
+
+
+def _dense_backward(dy, x, weight, survivors, shape, geometry, premasked, needs_bias):
+    """Gradients of x, weight and bias by one call instead of three."""
+    dense = reference.dense_weight(weight, survivors, shape, premasked)
+    *spatial, groups = geometry
+    rest = (*map(list, spatial), False, [0, 0], groups, [True, True, needs_bias])
+    dx, dw, db = torch.ops.aten.convolution_backward(dy, x, dense, [shape[0]] if needs_bias else None, *rest)
+    for name in ("masked_conv2d_grad_input", "masked_conv2d_grad_weight"):
+        ops.CALLS[name, _DENSE[dy.device.type]] += 1
+    return dx, reference.stored(dw, survivors), db
+
+
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, survivors, pattern, *rest):
@@ -157,6 +184,9 @@ class _Conv2d(torch.autograd.Function):
         shape, *geometry, premasked = ctx.rest
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = None
+        if all(ctx.needs_input_grad[:2]) and _both_dense(dy, x, pattern, shape, geometry[0]):
+            grads = _dense_backward(dy, x, weight, survivors, shape, geometry, premasked, needs_bias)
+            return *grads, *(None,) * (2 + len(ctx.rest))
         if needs_x:
             args = (dy, weight, survivors, pattern, shape, x.shape[2:], *geometry, premasked)
             dx = direct.backward(masked_conv2d_grad_input, _grad_input, *args)

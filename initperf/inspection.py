@@ -71,6 +71,9 @@ def ticket_tables(path: Path) -> list[Table]:
         )
         source = f"{init.function}({', '.join(f'{a:.6g}' for a in init.args)})" if init else "values in the file"
         rows.append([name, " x ".join(map(str, shape)), str(dtype).removeprefix("torch."), kept, source])
+    for name, buffer in ticket.buffers.items():
+        size_and_type = [" x ".join(map(str, buffer.shape)), str(buffer.dtype).removeprefix("torch.")]
+        rows.append([name, *size_and_type, NONE, "buffer, stored in the file"])
     dense = sum(w.numel() * w.element_size() for w in weights.values())
     about = [
         ["density of the masked parameters", percent(ticket.density)],

@@ -51,18 +51,20 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         pattern = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
-        weight = self.weight
+        own, mask = self._parameters.get, cast(Tensor, self._buffers["weight_mask"])  # sooner than attributes
+        weight: Tensor = self.weight if (found := own("weight")) is None else found
+        bias: Tensor | None = self.bias if (found := own("bias")) is None else found
         check_input(input, self.in_features, weight.dtype)
         shape = input.shape
         if pattern.density == 1.0:  # nothing to mask, in the gradient either
-            return nn.functional.linear(input, weight, self.bias)
+            return nn.functional.linear(input, weight, bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
         # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
-        premasked = isinstance(weight, nn.Parameter)
+        premasked = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             # torch.func's transforms (vmap, jvp, grad) know torch's own product
-            return nn.functional.linear(input, weight.masked_fill(~self.weight_mask, 0), self.bias)
-        y = masked_ops.linear(flat, weight, self.bias, self.weight_mask, pattern.tensors, premasked)
+            return nn.functional.linear(input, weight.masked_fill(~mask, 0), bias)
+        y = masked_ops.linear(flat, weight, bias, mask, pattern.tensors, premasked)
         return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
 
 

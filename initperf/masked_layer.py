@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class MaskedLayer(nn.Module):
         return SparsePattern(self.weight_mask)
 
     def _fresh_pattern(self) -> Pattern:
-        if not self._pattern.is_of(self.weight_mask):
+        if not self._pattern.is_of(cast(Tensor, self._buffers["weight_mask"])):
             self._obey()
         return self._pattern
 

@@ -17,7 +17,7 @@ from .records import BACKWARD, BEFORE, FORWARD, GRADIENT, INPUT, INPUT_GRAD, UPD
 from .stats import moments
 
 SAMPLED = 1 << 14  # values of a weight, at most, whose update is measured: its rms is then known within 1%
-TOGETHER = 4 << 20  # bytes of gradients measured in one launch: one by one costs 2% of an MLP's step more; all, memory
+TOGETHER = 8 << 20  # bytes of gradients measured in one launch: one by one costs 2% of an MLP's step more; all, memory
 Row = dict[str, float]
 
 
@@ -34,7 +34,7 @@ class VarianceMonitor:
     `reduction` is "sum", and by the scale of `scaler`, a GradScaler (call step() before scaler.update()). Calls of a layer
     within a step (shared modules, accumulation) are taken together, as one batch; what checkpointing computes again and
     evaluation (the model in eval mode, without gradients) are passed over.
-    Outputs are measured before the next layer can overwrite them, gradients 4 MiB at a time; none is kept.
+    Outputs are measured before the next layer can overwrite them, gradients 8 MiB at a time; none is kept.
 
     The last `history` steps are kept on the device and read when asked: `rows()`, `scalars()`, `readings()`. Use it as a
     context manager, or attach() and detach(); a closed monitor can still be read.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,28 +32,49 @@ RESULTS = [
     "iterations_to_dense_best",
     "seed",
     "train_seconds",
+    "repeat",
+    "lr",
+    "layers",
 ]
-CURVES = ["trial", "level", "kind", "iteration", "train_loss", "val_loss", "val_accuracy", "test_accuracy"]
+CURVES = [
+    "trial",
+    "level",
+    "kind",
+    "iteration",
+    "train_loss",
+    "val_loss",
+    "val_accuracy",
+    "test_accuracy",
+    "repeat",
+    "lr",
+]
 _MOVED = [f"{part}_{name}" for part in ("kept", "pruned") for name in ("moved", "grew", "flipped")]
 MOVEMENT = ["trial", "level", "parameter", "weights", "survivors", *_MOVED, *(f"null_{name}" for name in _MOVED)]
-STEPS = ["level", "density", "batch", "dense_ms", "masked_ms"]
+STEPS = ["level", "density", "batch", "dense_ms", "masked_ms", "sparse_ms", "layers"]
+MAY_DIFFER = ("trials", "budget", "reduced")  # trials may grow, and with them the label of what is reduced
+TABLE_SECONDS = 30.0  # curves.csv grows with every network and is written anew: not more often than this
 
 
 class Network(NamedTuple):
-    """One network to train; level 0 is the dense one, kind "ticket". Several re-initializations differ in `repeat`."""
+    """One network to train; level 0 is the dense one, kind "ticket". Several re-initializations differ in `repeat`.
+
+    lr: a learning rate beside the search's own (None): the same start and mask, trained at another rate.
+    """
 
     trial: int
     level: int
     kind: str
     repeat: int = 0
+    lr: float | None = None
 
     @property
     def name(self) -> str:
-        return f"trial{self.trial}-level{self.level}-{self.kind}" + (f"-{self.repeat}" if self.repeat else "")
+        repeat = f"-{self.repeat}" if self.repeat else ""
+        return f"trial{self.trial}-level{self.level}-{self.kind}{repeat}" + (f"-lr{self.lr!r}" if self.lr else "")
 
     @property
-    def order(self) -> tuple[int, int, int, int]:
-        return self.trial, self.level, KINDS.index(self.kind), self.repeat
+    def order(self) -> tuple[float, ...]:
+        return self.trial, self.level, KINDS.index(self.kind), self.repeat, self.lr or 0
 
 
 class RunFolder:
@@ -64,7 +87,7 @@ class RunFolder:
         self._records: dict[str, dict[str, Any]] = {}
 
     def claim_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.json, or check that the one there is the same: all but `trials`, which may grow."""
+        """Write config.json, or check that the one there is the same: all but MAY_DIFFER."""
         config = json.loads(json.dumps(config))
         path = self.path / "config.json"
         with FileLock(self.networks / "tables.lock"):
@@ -89,17 +112,23 @@ class RunFolder:
         return self._records[network.name]
 
     def finish(self, network: Network, record: Mapping[str, Any], networks: Iterable[Network]) -> None:
-        """Keep the record of `network`, drop its checkpoint, and write the tables anew."""
+        """Keep the record of `network`, drop its checkpoint, and write the tables anew (all of them now and then)."""
         write_atomically(self.networks / f"{network.name}.json", json.dumps(record))
         self.checkpoint(network).unlink(missing_ok=True)
-        self.write_tables(networks)
+        curves = self.path / "curves.csv"
+        self.write_tables(networks, whole=not curves.exists() or time.time() - curves.stat().st_mtime > TABLE_SECONDS)
 
-    def write_tables(self, networks: Iterable[Network]) -> None:
-        """results.csv, curves.csv and movement.csv from the records of the finished ones of `networks`."""
+    def write_tables(self, networks: Iterable[Network], *, whole: bool = True) -> None:
+        """results.csv, and if `whole` curves.csv and movement.csv, from the records of the finished ones of `networks`."""
         with FileLock(self.networks / "tables.lock"):
+            for name in ("results", "curves", "movement", "config"):
+                for path in self.path.glob(f".{name}.*"):  # of a killed process: this one has the lock
+                    path.unlink(missing_ok=True)
             done = [(n, r) for n in sorted(networks, key=lambda n: n.order) if (r := self.record(n)) is not None]
             write_csv(self.path / "results.csv", RESULTS, [r["row"] for _, r in done])
-            points = [{**p, "trial": n.trial, "level": n.level, "kind": n.kind} for n, r in done for p in r["points"]]
+            if not whole:
+                return
+            points = [{**r["row"], **p} for _, r in done for p in r["points"]]
             write_csv(self.path / "curves.csv", CURVES, points)
             moved = [{**m, "trial": n.trial, "level": n.level} for n, r in done for m in r.get("movement", ())]
             write_csv(self.path / "movement.csv", MOVEMENT, moved)
@@ -109,6 +138,19 @@ class RunFolder:
 
     def checkpoint(self, network: Network) -> Path:
         return self.networks / f"{network.name}.checkpoint"
+
+    def clear(self, network: Network) -> None:
+        """Remove what a killed process left half written; only for the holder of the network's lock."""
+        stale = [self.networks.glob(f".{network.name}.*")]
+        if network.kind == "ticket" and network.lr is None:  # one holder in a trial at a time, since each level needs the last
+            places = ((self.tickets, "*"), (self.networks, "rewind*"), (self.networks, "*-kept*"))
+            stale += [folder.glob(f".trial{network.trial}-{name}") for folder, name in places]
+        for path in itertools.chain(*stale):
+            path.unlink(missing_ok=True)
+
+    def kept(self, trial: int, level: int) -> Path:
+        """Parameters and buffers that the networks of this level take over from the trained ones of the level before."""
+        return self.networks / f"trial{trial}-level{level}-kept.safetensors"
 
     def rewind_point(self, trial: int) -> Path:
         """Weights and buffers of the dense network at the iteration to which the tickets are rewound."""
@@ -130,7 +172,7 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]])
 def _check_same(given: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:
     for key in sorted({*given, *found}):
         a, b = given.get(key), found.get(key)
-        if a != b and key != "trials":
+        if a != b and key not in MAY_DIFFER:
             raise InitPerfError(
                 f"Expected the configuration of the run in {folder}: {key} = {json.dumps(b)}. Got {json.dumps(a)}. "
                 "Give the same to continue that run, or another folder for a new one."

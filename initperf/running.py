@@ -27,6 +27,8 @@ class Run:
 
     kind "ticket" (level 0: the dense network) or a control; density: survivors / weights; `generator` is seeded for the
     data order, the same for all kinds of one trial and level; `start` is the iteration the weights come from (rewind_to).
+    `lr` is None, or the learning rate to train at instead of the loop's own (TicketSearch's learning_rates). `layers` says
+    how the weights are stored: "dense", "masked" or "sparse".
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Run:
         masks: dict[str, Tensor],
         *,
         density: float,
+        layers: str,
         seed: int,
         data_seed: int,
         start: int,
@@ -43,8 +46,8 @@ class Run:
         checkpoint_seconds: float,
         rewind_point: tuple[int, Path] | None,
     ) -> None:
-        self.trial, self.level, self.kind, self.repeat = self.network = network
-        self.model, self.masks, self.density = model, masks, density
+        self.trial, self.level, self.kind, self.repeat, self.lr = self.network = network
+        self.model, self.masks, self.density, self.layers = model, masks, density, layers
         self.seed, self.data_seed, self.start = seed, data_seed, start
         self.generator = torch.Generator().manual_seed(data_seed)
         self.points: list[dict[str, Any]] = []
@@ -54,7 +57,8 @@ class Run:
         self._seconds, self._since, self._saved = 0.0, time.perf_counter(), time.perf_counter()
 
     def __repr__(self) -> str:
-        return f"Run(trial={self.trial}, level={self.level}, kind={self.kind!r}, density={self.density:.4g})"
+        lr = "" if self.lr is None else f", lr={self.lr:g}"
+        return f"Run(trial={self.trial}, level={self.level}, kind={self.kind!r}, density={self.density:.4g}{lr})"
 
     def log(
         self,

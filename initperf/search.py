@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ from torch import Tensor, nn
 from initperf import __version__, ops, prune, rng
 from initperf.checks import InitPerfTypeError, check, check_seed, fail
 from initperf.criteria import CRITERIA, masks_by, movement
-from initperf.files import FileLock
+from initperf.files import FileLock, write_atomically
 from initperf.init import initialize
-from initperf.masked import MaskedLinear
+from initperf.prunable import density, full_masks, prunable, take_signs
 from initperf.runfolder import KINDS, Network, RunFolder
 from initperf.running import Run, derive_seed
+from initperf.saliency import SCORES, Loss, Score, prune_at_start
 from initperf.schemes import Init
-from initperf.sparse import SparseLinear
-from initperf.ticket import Ticket, compressed_layers, dense_parameters, mask_layers, named_parameters
+from initperf.ticket import Ticket, canonical, dense_parameters, mask_layers
 
 POLL_SECONDS = 0.05
+SPARSE_BELOW = 0.4  # density from which compressed layers pay on every machine measured (initperf/choice.py)
 
 
 class TicketSearch:
@@ -38,12 +40,18 @@ class TicketSearch:
             run.log(iteration, val_loss=..., test_accuracy=...)      # now and then
 
     make_model: () -> nn.Module; the search initializes it: `init` is a scheme of initperf.init.initialize, or a function
-    (model, seed), which may return what initialize returned. fractions: pruned a round, of the survivors, by glob over the weights of nn.Linear layers
-    (the last glob that matches counts); `criterion`: see initperf.criteria.masks_by. Controls at every level: "reinit" (the ticket's mask, fresh weights), "sign-reinit"
-    (fresh magnitudes, the initial signs), "shuffle" (mask permuted within each layer, initial weights kept), "random" (a
-    mask of equal layer densities and fresh weights), "small-dense" (`make_small(survivors)`, a dense network of about as
-    many weights). `config` is kept in config.json, `recipe` in every ticket. Finished networks are kept in `out`: the same search on the same folder goes on after them, to the same
-    bits on the same machine and thread count; several processes may share one folder.
+    (model, seed), which may return what initialize returned. fractions: pruned a round, of the survivors, by glob over the
+    weights of nn.Linear and nn.Conv2d layers (the last glob that matches counts). criterion: of initperf.criteria, after
+    training, or one of a network before training: "snip", "grasp", "synflow" or a function (model, batches, loss) ->
+    {weight: score} (initperf.saliency), for which `batches` and `loss` are. rewind_to: the iteration whose weights tickets
+    start from; keep: globs of other parameters and buffers (biases, norms) that are not rewound but go on from the level
+    before. Controls at every level: "reinit" (the ticket's mask, fresh weights), "sign-reinit" (fresh magnitudes, the
+    initial signs), "shuffle" (mask permuted within each layer, initial weights kept), "random" (a mask of equal layer
+    densities and fresh weights), "small-dense" (`make_small(survivors)`, a dense network of about as many weights).
+    learning_rates: train every network at these, too (`run.lr`), each from the same start and mask. sparse: True trains
+    pruned networks on compressed layers, a number those below this density (SPARSE_BELOW pays everywhere).
+    `config` is kept in config.json, `recipe` in every ticket. Finished networks are kept in `out`: the same search on the
+    same folder goes on after them, to the same bits on the same machine and thread count; several processes may share it.
     """
 
     def __init__(
@@ -53,16 +61,20 @@ class TicketSearch:
         rounds: int,
         fractions: prune.Fraction = 0.2,
         scope: str = "layerwise",
-        criterion: str = "magnitude",
+        criterion: str | Score = "magnitude",
+        batches: Iterable[Any] = (),
+        loss: Loss | None = None,
         rewind_to: int = 0,
+        keep: Sequence[str] = (),
         controls: Sequence[str] = ("reinit", "shuffle"),
+        learning_rates: Sequence[float] = (),
         trials: int = 1,
         seed: int = 0,
         out: str | Path,
         init: str | Callable[[nn.Module, int], Any] | None = None,
         make_small: Callable[[int], nn.Module] | None = None,
         reinits: int = 1,
-        sparse: bool = False,
+        sparse: bool | float = False,
         checkpoint_seconds: float = 30.0,
         config: Mapping[str, Any] | None = None,
         recipe: Mapping[str, Any] | None = None,
@@ -77,33 +89,41 @@ class TicketSearch:
                 fail(f"{name} to be an int", type(value).__name__, kind=InitPerfTypeError)
             check(value >= least, f"{name} to be at least {least}", value)
         check(scope in ("layerwise", "global"), 'scope "layerwise" or "global"', repr(scope))
-        check(criterion in CRITERIA, f"a criterion of {', '.join(CRITERIA)}", repr(criterion))
+        known = (*CRITERIA, *SCORES)
+        check(callable(criterion) or criterion in known, f"a criterion of {', '.join(known)}", repr(criterion))
+        at_start = callable(criterion) or criterion in SCORES
+        check(not at_start or bool(batches), f"batches= for the criterion {criterion!r}", "none")
         check(not isinstance(controls, str), 'controls as a list, such as ["reinit"]', repr(controls))
         for kind in controls:
             check(kind in KINDS[1:], f"controls of {', '.join(KINDS[1:])}", repr(kind))
         check("small-dense" not in controls or make_small is not None, 'make_small for the control "small-dense"', None)
+        check(not isinstance(keep, str), 'keep as a list, such as ["*.bias"]', repr(keep))
+        for rate in learning_rates:
+            check(0 < rate < math.inf, "learning_rates above 0 and finite", rate)
+        check(0 <= sparse <= 1, "sparse to be True, False or a density", sparse)
         self.make_model, self.make_small, self.init = make_model, make_small, init
         self.rounds, self.scope, self.rewind_to, self.trials = rounds, scope, rewind_to, trials
-        self.criterion = criterion
+        self.criterion, self.batches, self.loss = criterion, batches, loss
         self.seed, self.reinits, self.sparse = check_seed(seed), reinits, sparse
         self.controls = tuple(sorted(set(controls), key=KINDS.index))
+        self.config, self.recipe = dict(config or {}), dict(recipe or {})
+        self.learning_rates = sorted({float(rate) for rate in learning_rates} - {self.config.get("lr")})
         self.checkpoint_seconds = checkpoint_seconds
         self.fractions = self._check_model(fractions)
-        self.config, self.recipe = dict(config or {}), dict(recipe or {})
+        self.keep = self._check_keep(keep)
         self.folder = RunFolder(out)
         self.folder.claim_config(self._config())
 
     def networks(self) -> list[Network]:
         """Everything to train, in order."""
-        found = []
-        for trial in range(self.trials):
-            found.append(Network(trial, 0, "ticket"))
-            for level in range(1, self.rounds + 1):
-                found.append(Network(trial, level, "ticket"))
-                for kind in self.controls:
-                    repeats = self.reinits if kind == "reinit" else 1
-                    found += [Network(trial, level, kind, repeat) for repeat in range(repeats)]
-        return found
+        return [
+            Network(trial, level, kind, repeat, rate)
+            for trial in range(self.trials)
+            for level in range(self.rounds + 1)
+            for rate in (None, *self.learning_rates)
+            for kind in (("ticket", *self.controls) if level else ("ticket",))
+            for repeat in range(self.reinits if kind == "reinit" else 1)
+        ]
 
     @property
     def done(self) -> int:
@@ -128,11 +148,12 @@ class TicketSearch:
         """A network that is neither finished nor in another's hands, whose mask is known, and its lock; waits while others work."""
         while missing := [n for n in self.networks() if self.folder.record(n) is None]:
             for network in missing:
-                if network.level and self.folder.record(Network(network.trial, network.level - 1, "ticket")) is None:
+                if any(self.folder.record(needed) is None for needed in _needs(network)):
                     continue
                 lock = self.folder.lock(network)
                 if lock.acquire(wait=False):
                     if self.folder.record(network) is None:
+                        self.folder.clear(network)
                         return network, lock
                     lock.release()
             if any(self.folder.lock(n).path in FileLock.held for n in missing):
@@ -144,7 +165,7 @@ class TicketSearch:
 
     def _prepare(self, network: Network) -> Run:
         """Initialize, rewind and mask the model of `network`."""
-        trial, level, kind, repeat = network
+        trial, level, kind, repeat, _ = network
         masks = Ticket.load(self.folder.ticket(trial, level)).masks if level else {}
         first = derive_seed(self.seed, trial, "init")
         fresh = derive_seed(self.seed, trial, level, kind, repeat)
@@ -156,10 +177,11 @@ class TicketSearch:
             keeps = kind in ("ticket", "shuffle")
             model = self._at_start(trial, level)[0] if keeps else self._fresh(self.make_model, fresh)[0]
             if kind == "sign-reinit":
-                _take_signs(model, self._at_start(trial, level)[0], masks)
+                take_signs(model, self._at_start(trial, level)[0], masks)
+            part = density(model, masks)
             if masks:
-                mask_layers(model, masks, sparse=self.sparse)
-            run = self._run(network, model, masks, density(model, masks), first if keeps else fresh)
+                mask_layers(model, masks, sparse=self._compressed(part))
+            run = self._run(network, model, masks, part, first if keeps else fresh)
         torch.manual_seed(derive_seed(self.seed, trial, level, "global"))  # dropout and the like
         return run
 
@@ -172,20 +194,32 @@ class TicketSearch:
         return self._run(network, model, {}, weights / total, seed)
 
     def _run(self, network: Network, model: nn.Module, masks: dict[str, Tensor], density: float, seed: int) -> Run:
-        rewound = network.level > 0 and network.kind in ("ticket", "shuffle")
-        keeps_point = network.level == 0 and self.rewind_to > 0
+        keeps_point = network.level == 0 and self.rewind_to > 0 and network.lr is None
         return Run(
             network,
             model,
             masks,
             density=density,
+            layers=self.layers_at(density) if masks else "dense",
             seed=seed,
             data_seed=derive_seed(self.seed, network.trial, network.level, "data"),
-            start=self.rewind_to if rewound else 0,
+            start=self.start_of(network),
             checkpoint=self.folder.checkpoint(network),
             checkpoint_seconds=self.checkpoint_seconds,
             rewind_point=(self.rewind_to, self.folder.rewind_point(network.trial)) if keeps_point else None,
         )
+
+    def _compressed(self, density: float) -> bool:
+        """Whether a pruned network of this density trains on compressed layers: by configuration, never by what a clock says."""
+        return self.sparse is True or density < self.sparse
+
+    def start_of(self, network: Network) -> int:
+        """The iteration that the network's weights come from."""
+        return self.rewind_to if network.level and network.kind in ("ticket", "shuffle") else 0
+
+    def layers_at(self, density: float) -> str:
+        """How a pruned network of this density is stored: "masked" or "sparse"."""
+        return "sparse" if self._compressed(density) else "masked"
 
     def _fresh(self, make: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Mapping[str, Init] | None]:
         """A model of `make` initialized from `seed`, and how, where initialize told."""
@@ -196,20 +230,24 @@ class TicketSearch:
         return model, told if isinstance(told, Mapping) and getattr(told, "seed", None) == seed else None
 
     def _at_start(self, trial: int, level: int) -> tuple[nn.Module, Mapping[str, Init] | None]:
-        """The unpruned model as the tickets of this level start: initialized, or rewound to iteration `rewind_to`."""
+        """The unpruned model as the tickets of this level start: initialized, or rewound to iteration `rewind_to`; then what is kept."""
         model, inits = self._fresh(self.make_model, derive_seed(self.seed, trial, "init"))
-        if not level or not self.rewind_to:
-            return model, inits
-        path = self.folder.rewind_point(trial)
-        check(path.exists(), f"run.step({self.rewind_to}) to be called while the dense network trains", "no such call")
-        model.load_state_dict(safetensors.load_file(path))
-        return model, None
+        if level and self.rewind_to:
+            path = self.folder.rewind_point(trial)
+            check(
+                path.exists(), f"run.step({self.rewind_to}) to be called while the dense network trains", "no such call"
+            )
+            model.load_state_dict(safetensors.load_file(path))
+            inits = None
+        if level and self.keep:
+            model.load_state_dict(safetensors.load_file(self.folder.kept(trial, level)), strict=False)
+        return model, inits
 
     def _finish(self, run: Run, calls: Counter[tuple[str, str]]) -> None:
         """Prune for the next level, and keep the results."""
         check(len(run.points) > 0, f"run.log(iteration, val_loss=...) to be called for {run}", "no call")
         moved: list[dict[str, Any]] = []
-        if run.kind == "ticket":
+        if run.kind == "ticket" and run.lr is None:
             if run.level == 0:
                 self._write_ticket(run.trial, 0, {})
             if run.level < self.rounds:
@@ -225,9 +263,11 @@ class TicketSearch:
         """Write the ticket of the next level; returns how the weights of each layer moved."""
         final, initial = self._chosen(run.model), self._chosen(self._at_start(run.trial, run.level)[0])
         seed = derive_seed(self.seed, run.trial, run.level, "prune")
-        masks = masks_by(
-            self.criterion, final, initial, self.fractions, masks=run.masks or None, scope=self.scope, seed=seed
-        )
+        masks = self._masks(run, final, initial, seed)
+        if self.keep:
+            state = run.model.state_dict()
+            kept = {n: state[n].detach().cpu().contiguous() for n in self.keep}
+            write_atomically(self.folder.kept(run.trial, run.level + 1), safetensors.save(kept))
         self._write_ticket(run.trial, run.level + 1, {n: m.cpu() for n, m in masks.items()})
         return [
             {"parameter": n, "survivors": int(m.sum()), "weights": m.numel()}
@@ -235,9 +275,26 @@ class TicketSearch:
             for n, m in masks.items()
         ]
 
+    def _masks(self, run: Run, final: dict[str, Tensor], initial: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """The masks of the next level."""
+        if callable(self.criterion) or self.criterion in SCORES:
+            model, _ = self._at_start(run.trial, 0)
+            given: dict[str, Any] = {"batches": self.batches, "loss": self.loss, "scope": self.scope}
+            return prune_at_start(self.criterion, model, self.fractions, rounds=run.level + 1, **given)
+        masks = run.masks or None
+        return masks_by(self.criterion, final, initial, self.fractions, masks=masks, scope=self.scope, seed=seed)
+
     def _write_ticket(self, trial: int, level: int, masks: dict[str, Tensor]) -> None:
         model, inits = self._at_start(trial, level)
-        ticket = Ticket.from_model(model, masks=masks, inits=inits, recipe=self._ticket_recipe(trial, level))
+        later = level > 0 and (self.rewind_to > 0 or len(self.keep) > 0)  # no longer what a fresh model has
+        ticket = Ticket.from_model(
+            model,
+            masks=masks,
+            inits=inits,
+            weights=dense_parameters(model) if later else None,
+            buffers=dict(model.named_buffers()) if later else None,
+            recipe=self._ticket_recipe(trial, level),
+        )
         ticket.save(self.folder.ticket(trial, level))
 
     def _ticket_recipe(self, trial: int, level: int) -> dict[str, Any]:
@@ -246,7 +303,7 @@ class TicketSearch:
     def _row(self, run: Run) -> dict[str, Any]:
         """What results.csv says of a network."""
         best = min(run.points, key=lambda p: math.inf if math.isnan(p["val_loss"]) else p["val_loss"])
-        if run.level == 0:
+        if run.level == 0 and run.lr is None:
             goal = best["val_loss"]
         else:
             dense = self.folder.record(Network(run.trial, 0, "ticket"))
@@ -265,14 +322,19 @@ class TicketSearch:
             "iterations_to_dense_best": next(reached, None),
             "seed": run.seed,
             "train_seconds": round(run.seconds, 3),
+            "repeat": run.repeat,
+            "lr": self.config.get("lr") if run.lr is None else run.lr,
+            "layers": run.layers,
         }
 
-    def dense_and_masked(self, trial: int, level: int) -> tuple[nn.Module, nn.Module, float]:
-        """For timing: the network of a finished level as a dense and as a masked model (level 0: nothing pruned), and its density."""
+    def kinds_of_layers(self, trial: int, level: int) -> tuple[dict[str, nn.Module], float]:
+        """For timing: the network of a finished level as {"dense", "masked", "sparse"} (level 0: nothing pruned), and its density."""
         masks = Ticket.load(self.folder.ticket(trial, level)).masks
-        dense, masked = (self._at_start(trial, level)[0] for _ in range(2))
-        part = density(masked, masks)
-        return dense, mask_layers(masked, masks or _full(self._chosen(masked)), sparse=self.sparse), part
+        models = {kind: self._at_start(trial, level)[0] for kind in ("dense", "masked", "sparse")}
+        part = density(models["dense"], masks)
+        for kind in ("masked", "sparse"):
+            mask_layers(models[kind], masks or full_masks(self._chosen(models[kind])), sparse=kind == "sparse")
+        return models, part
 
     def _chosen(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights that `fractions` names."""
@@ -284,30 +346,42 @@ class TicketSearch:
         with torch.random.fork_rng(devices=[]):
             model, _ = self._fresh(self.make_model, 0)
         weights = prunable(model)
-        check(len(weights) > 0, "a model with nn.Linear layers (others are not pruned)", type(model).__name__)
+        check(
+            len(weights) > 0, "a model with nn.Linear layers or nn.Conv2d (others are not pruned)", type(model).__name__
+        )
         chosen = prune.fractions_by_name(list(weights), fractions)
-        mask_layers(model, _full({name: weights[name] for name in chosen}), sparse=self.sparse)  # fits, before training
+        every = full_masks({name: weights[name] for name in chosen})
+        mask_layers(model, every, sparse=bool(self.sparse))  # fits, before training
         return dict(fractions) if isinstance(fractions, Mapping) else {"*": fractions}
+
+    def _check_keep(self, keep: Sequence[str]) -> list[str]:
+        """The names in the model's state_dict that `keep` matches; raises if a glob matches none, or a weight that is pruned."""
+        with torch.random.fork_rng(devices=[]):
+            model, _ = self._fresh(self.make_model, 0)
+        names, pruned = list(model.state_dict()), self._chosen(model)
+        for glob in keep:
+            found = [n for n in names if fnmatchcase(n, glob)]
+            check(len(found) > 0, f"{glob!r} in keep to match one of {', '.join(names)}", "no match")
+            wrong = [n for n in found if canonical(n) in pruned]
+            check(not wrong, "keep to leave out weights that are pruned", ", ".join(wrong))
+        return [n for n in names if any(fnmatchcase(n, glob) for glob in keep)]
 
     def _config(self) -> dict[str, Any]:
         """What must be equal for the same results."""
-        init = (
-            self.init
-            if isinstance(self.init, str) or self.init is None
-            else getattr(self.init, "__qualname__", "callable")
-        )
         return {
             **self.config,
             "rounds": self.rounds,
             "fractions": self.fractions,
             "scope": self.scope,
-            "criterion": self.criterion,
+            "criterion": _name(self.criterion),
             "rewind_to": self.rewind_to,
+            "keep": self.keep,
+            "learning_rates": self.learning_rates,
             "controls": list(self.controls),
             "reinits": self.reinits,
             "trials": self.trials,
             "seed": self.seed,
-            "init": init,
+            "init": _name(self.init),
             "sparse": self.sparse,
             "threads": torch.get_num_threads(),
             "rng_version": rng.VERSION,
@@ -315,28 +389,12 @@ class TicketSearch:
         }
 
 
-def prunable(model: nn.Module) -> dict[str, Tensor]:
-    """canonical name -> dense weight of every nn.Linear (not of its subclasses, such as the projection inside an attention)."""
-    plain = {id(m.weight) for m in model.modules() if type(m) in (nn.Linear, MaskedLinear)}
-    compressed = {name for name, layer in compressed_layers(model).items() if type(layer) is SparseLinear}
-    found = dense_parameters(model)
-    return {name: p.detach() for name, p in found.items() if name in compressed or id(p) in plain}
+def _needs(network: Network) -> list[Network]:
+    """What must be finished before: the ticket one level up, and for another learning rate the dense network of the own."""
+    level = network.level - 1 if network.level else 0
+    return [Network(network.trial, level, "ticket")] if network.level or network.lr is not None else []
 
 
-def density(model: nn.Module, masks: Mapping[str, Tensor]) -> float:
-    """Survivors / weights over all prunable layers, those without a mask included."""
-    total = sum(w.numel() for w in prunable(model).values())
-    return (total - sum(int((~mask).sum()) for mask in masks.values())) / total
-
-
-def _full(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
-
-
-def _take_signs(model: nn.Module, signs: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Give the masked weights of `model` the signs of those of `signs`."""
-    other = named_parameters(signs)
-    with torch.no_grad():
-        for name, parameter in named_parameters(model).items():
-            if name in masks:
-                parameter.copysign_(other[name].to(parameter.device))
+def _name(value: Any) -> str | None:
+    """For config.json."""
+    return value if isinstance(value, str) or value is None else getattr(value, "__qualname__", "callable")

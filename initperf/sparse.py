@@ -68,8 +68,9 @@ class SparseLinear(SparseLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         pattern = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
-        own = self._parameters.get("weight_values")  # as the attribute, a microsecond sooner
-        values: Tensor = self.weight_values if own is None else own
+        own, bits = self._parameters.get, cast(Tensor, self._buffers["weight_mask_bits"])  # sooner than attributes
+        values: Tensor = self.weight_values if (found := own("weight_values")) is None else found
+        bias: Tensor | None = self.bias if (found := own("bias")) is None else found
         check_input(input, self.in_features, values.dtype)
         shape = input.shape
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
@@ -77,9 +78,9 @@ class SparseLinear(SparseLayer):
             places = self.weight_mask.flatten().nonzero().squeeze(1)
             size = self.out_features * self.in_features
             weight = torch.zeros(size, dtype=values.dtype, device=values.device).scatter(0, places, values.flatten())
-            return nn.functional.linear(input, weight.view(self.out_features, self.in_features), self.bias)
+            return nn.functional.linear(input, weight.view(self.out_features, self.in_features), bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
-        y = sparse_ops.linear(flat, values, self.bias, self.weight_mask_bits, self.out_features, pattern.tensors)
+        y = sparse_ops.linear(flat, values, bias, bits, self.out_features, pattern.tensors)
         return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -181,7 +181,7 @@ class SparseLayer(nn.Module):
         return CompressedPattern(self.weight_mask_bits, self.weight_shape)
 
     def _fresh_pattern(self) -> Pattern:
-        if not self._pattern.is_of(self.weight_mask_bits):
+        if not self._pattern.is_of(cast(Tensor, self._buffers["weight_mask_bits"])):
             self._renew()
         return self._pattern
 

@@ -81,6 +81,8 @@ class Bars:
             self._progress.update(
                 self._one, description=text, total=event["iterations"], completed=event["iteration"], visible=True
             )
+        elif what == "steps" and event["trained"]:
+            self._saved(event)
         elif what == "measure":
             self._progress.update(self._one, description="timing steps", total=None, visible=True)
         elif what == "network" and not self.console.is_terminal:
@@ -97,3 +99,18 @@ class Bars:
         else:
             state = f": {self.networks} networks to train"
         self.console.print(f"{event['recipe']}{label}{state}", markup=False)
+        self.console.print(event["about"], style="dim", markup=False)
+        if event["reduced"]:
+            reduced = ", ".join(f"{what} {much}" for what, much in event["reduced"].items())
+            self.console.print(f"Less than the recipe: {reduced}", style="dim", markup=False)
+
+    def _saved(self, event: dict[str, Any]) -> None:
+        """What compressed layers saved; a loss is a negative saving, and said as it is."""
+        last = event["rows"][-1]
+        self.console.print(
+            f"{event['trained']} networks below density {event['below']:g} trained on compressed layers in {event['seconds']:,.0f} s, "
+            f"by the steps timed {event['saved_to_dense']:,.0f} s less than dense, {event['saved_to_masked']:,.0f} s less than "
+            f"masked; at {percent(last['density'])} a step takes {last['sparse_ms']:.3g} ms, dense {last['dense_ms']:.3g}, "
+            f"masked {last['masked_ms']:.3g}.",
+            markup=False,
+        )

@@ -2,7 +2,7 @@
 
 File: safetensors. Tensor `<parameter>.mask_bits` (uint8): the mask, row-major, eight weights a byte, lowest bit first.
 Tensor `<parameter>.values`: the survivors' values, only where no seed gives them back (a model not initialized by
-initperf, or rewound to an iteration k > 0). Metadata key "initperf", JSON: format, rng (version of the contract), seed,
+initperf, or rewound to an iteration k > 0). Tensor `<buffer>.buffer`: running statistics, of a rewound model only. Metadata key "initperf", JSON: format, rng (version of the contract), seed,
 parameters {name: {shape, dtype unless float32, init and args unless stored}}, sha256 (over names and raw little-endian
 bytes of the initial parameters, sorted by name), recipe, crc32 of all of it.
 """
@@ -33,6 +33,7 @@ from initperf.sparse_layer import SparseLayer
 FORMAT = 1
 KEY = "initperf"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_OF_MASKS = ("weight_mask", "weight_mask_bits")  # ends of the names of masked and compressed layers' buffers
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _KNOWN = (
     "constant",
@@ -61,6 +62,7 @@ class Ticket:
     values: dict[str, Tensor] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     rng_version: int = rng.VERSION
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         weights = "from the seed" if self.seed is not None and not self.values else "stored survivors"
@@ -85,12 +87,13 @@ class Ticket:
         inits: Mapping[str, Init] | None = None,
         weights: Mapping[str, Tensor] | None = None,
         recipe: Mapping[str, Any] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> Ticket:
         """The ticket of `model`: its masks (the layers' own, or `masks`) and initial weights.
 
         Initial weights are `weights` (name -> dense tensor), else what `inits` gives (the result of initperf.init.initialize,
         or name -> Init with a `seed`), else the model's present values. A parameter whose bits come back from the seed costs
-        no bytes; of others the survivors are stored.
+        no bytes; of others the survivors are stored. buffers: to be stored, too (running statistics of a rewound model).
         """
         found = dense_parameters(model)
         given = {canonical(n): t for n, t in weights.items()} if weights is not None else None
@@ -122,7 +125,18 @@ class Ticket:
             digest.add(name, initial)
         kept = {n: m.detach().cpu().clone() for n, m in chosen.items()}
         needs_seed = any(p.init is not None and p.init.function != "constant" for p in parameters.values())
-        return cls(parameters, kept, digest.hex(), seed if needs_seed else None, values, dict(recipe or {}))
+        stored = {
+            canonical(n): b.detach().cpu().clone() for n, b in (buffers or {}).items() if not n.endswith(_OF_MASKS)
+        }
+        return cls(
+            parameters,
+            kept,
+            digest.hex(),
+            seed if needs_seed else None,
+            values,
+            dict(recipe or {}),
+            buffers=stored,
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """The initial parameters, dense, zero where pruned; raises if the hash does not prove them."""
@@ -158,6 +172,12 @@ class Ticket:
         for name, (shape, dtype, _) in self.parameters.items():
             check(tuple(found[name].shape) == shape, f"{name} to have shape {shape}", tuple(found[name].shape))
             check(found[name].dtype == dtype, f"{name} to have dtype {dtype}", found[name].dtype)
+        own = {canonical(n): b for n, b in model.named_buffers()}
+        for name, buffer in self.buffers.items():
+            check(name in own, f"a model with the ticket's buffers ({', '.join(self.buffers)})", f"one without {name}")
+            check(
+                own[name].shape == buffer.shape, f"{name} to have shape {tuple(buffer.shape)}", tuple(own[name].shape)
+            )
         initial = self.weights()
         mask_layers(model, self.masks, sparse=None)
         compressed = compressed_layers(model)
@@ -165,6 +185,8 @@ class Ticket:
             for name, parameter in named_parameters(model).items():
                 layer = compressed.get(name)
                 parameter.copy_(initial[name] if layer is None else initial[name][layer.weight_mask][:, None])
+            for name, buffer in self.buffers.items():
+                own[name].copy_(buffer)
         return model
 
     def export(self, path: str | Path, model: nn.Module | None = None) -> Path:
@@ -173,15 +195,16 @@ class Ticket:
         The values are the ticket's initial weights, or those of `model` (a network trained from it, with its buffers).
         """
         if model is None:
-            return write_atomically(path, safetensors.save({n: w.contiguous() for n, w in self.weights().items()}))
-        found = named_parameters(model)
+            state = self.weights() | self.buffers
+            return write_atomically(path, safetensors.save({n: t.contiguous() for n, t in state.items()}))
+        found = dense_parameters(model)
         check(
             found.keys() == self.parameters.keys(),
             f"a model with parameters {', '.join(self.parameters)}",
             ", ".join(found),
         )
         dense = {n: _pruned(p.detach().cpu(), self.masks.get(n)).contiguous() for n, p in found.items()}
-        buffers = {canonical(n): b for n, b in model.named_buffers() if not n.endswith("_mask")}
+        buffers = {canonical(n): b for n, b in model.named_buffers() if not n.endswith(_OF_MASKS)}
         return write_atomically(
             path, safetensors.save({**dense, **{n: b.cpu().contiguous() for n, b in buffers.items()}})
         )
@@ -192,6 +215,7 @@ class Ticket:
             f"{n}.mask_bits": torch.from_numpy(np.packbits(m.numpy(), bitorder="little")) for n, m in self.masks.items()
         }
         tensors |= {f"{n}.values": v.contiguous() for n, v in self.values.items()}
+        tensors |= {f"{n}.buffer": b.contiguous() for n, b in self.buffers.items()}
         about: dict[str, Any] = {"format": FORMAT, "rng": self.rng_version, "seed": self.seed, "parameters": {}}
         for name, (shape, dtype, init) in self.parameters.items():
             entry: dict[str, Any] = {"shape": list(shape)}
@@ -261,7 +285,9 @@ def _parse(cls: type[Ticket], about: dict[str, Any], tensors: dict[str, Tensor])
             )
         parameters[name] = Parameter(shape, dtype, init)
     seed = None if about["seed"] is None else check_seed(about["seed"])
-    return cls(parameters, masks, about["sha256"], seed, values, about["recipe"], int(about["rng"]))
+    end = ".buffer"
+    buffers = {key.removesuffix(end): tensor for key, tensor in tensors.items() if key.endswith(end)}
+    return cls(parameters, masks, about["sha256"], seed, values, about["recipe"], int(about["rng"]), buffers)
 
 
 def regenerate(name: str, shape: tuple[int, ...], dtype: torch.dtype, init: Init, seed: int) -> Tensor:

@@ -7,33 +7,11 @@ import pytest
 import torch
 
 from initperf.checks import InitPerfError
-from initperf.experiments import lenet, recipes
-from initperf.experiments.lenet import run_ticket
-from initperf.experiments.recipes import RECIPES, mlp, small_mlp
+from initperf.experiments import tickets
+from initperf.experiments.networks import mlp
+from initperf.experiments.tickets import run_ticket
 from initperf.results import read_run
 
-PAPER_PERCENTS = [
-    80.0,
-    64.1,
-    51.3,
-    41.1,
-    32.9,
-    26.3,
-    21.1,
-    16.9,
-    13.5,
-    10.8,
-    8.7,
-    7.0,
-    5.6,
-    4.5,
-    3.6,
-    2.9,
-    2.3,
-    1.8,
-    1.5,
-    1.2,
-]
 TINY = {"rounds": 2, "iterations": 8, "trials": 2}
 
 
@@ -47,47 +25,6 @@ def finished(tmp_path_factory):
     events = []
     folder = run_ticket(out=tmp_path_factory.mktemp("runs") / "digits", **TINY, workers=1, progress=events.append)
     return folder, events
-
-
-def test_the_paper_recipe_has_the_papers_numbers():
-    r = RECIPES["lenet-paper"]
-    assert (r.init, r.optimizer, r.lr, r.batch, r.iterations) == ("xavier_normal", "adam", 1.2e-3, 60, 50_000)
-    assert r.fractions == {"fc1.weight": 0.2, "fc2.weight": 0.2, "fc3.weight": 0.1}
-    assert (r.scope, r.evaluate_every, r.trials, r.reinits) == ("layerwise", 100, 5, 3)
-    model = mlp(784, r.hidden, 10)
-    assert sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight")) == 266_200
-    survivors, percents = {"fc1.weight": 784 * 300, "fc2.weight": 30_000, "fc3.weight": 1000}, []
-    for _ in range(r.rounds):
-        survivors = {n: s - round(r.fractions[n] * s) for n, s in survivors.items()}
-        percents.append(100 * sum(survivors.values()) / 266_200)
-    assert percents == pytest.approx(PAPER_PERCENTS, abs=0.06)
-
-
-def test_the_open_lth_recipe_differs_where_it_does():
-    r = RECIPES["lenet-open-lth"]
-    assert (r.init, r.optimizer, r.lr, r.batch, r.scope) == ("kaiming_normal", "sgd", 0.1, 128, "global")
-    assert r.fractions == {"*.weight": 0.2, "fc3.weight": 0.0}
-    assert r.iterations == 40 * (55_000 // 128)
-
-
-def test_less_of_a_recipe_is_labelled_reduced_and_more_is_not():
-    r = RECIPES["lenet-paper"]
-    assert r.budget is None
-    assert r.changed(iterations=1000).reduced == {"iterations": "1,000 of 50,000"}
-    assert r.changed(trials=1).budget == "reduced budget"
-    assert r.changed(iterations=60_000, lr=None).budget is None
-    assert RECIPES["digits"].changed("quick").iterations <= 1000
-    assert RECIPES["digits"].changed().budget is None
-    with pytest.raises(InitPerfError, match="quick, medium, paper"):
-        r.changed("huge")
-
-
-def test_small_dense_is_the_widest_that_fits():
-    for weights in (266_200, 56_100, 9_600, 100):
-        model = small_mlp(784, (300, 100), 10, weights)
-        used = sum(p.numel() for n, p in model.named_parameters() if n.endswith("weight"))
-        assert used <= max(weights, 784 + 1 + 10)
-        assert used > 0.9 * weights or weights < 1000
 
 
 def test_a_run_folder_is_whole_and_reads_back(finished):
@@ -117,9 +54,9 @@ def test_config_tells_everything_that_determines_the_run(finished):
 def test_every_op_ran_on_a_compiled_kernel(finished):
     summary = json.loads((finished[0] / "summary.json").read_text())
     assert {"sample_", "kth_smallest", "cut"} <= summary["ops"].keys()
-    assert any("masked" in op for op in summary["ops"])
+    assert any("sparse" in op for op in summary["ops"])  # 35% survive the first round already
     assert all("reference" not in backends for backends in summary["ops"].values())
-    assert summary["ops"]["masked_linear"].keys() <= {"numba", "mkl"}, (
+    assert summary["ops"]["sparse_linear"].keys() <= {"numba", "mkl"}, (
         "the sparse kernel, or the dense product by choice"
     )
 
@@ -189,7 +126,8 @@ def test_the_callers_thread_count_is_given_back(finished, tmp_path):
     [
         ({"data": "imagenet"}, "digits, mnist"),
         ({"recipe": "lenet"}, "lenet-paper"),
-        ({"recipe": "lenet-paper"}, "which is for mnist"),
+        ({"recipe": "lenet-paper"}, "the four MNIST files"),
+        ({"recipe": "lenet-paper", "data": "digits"}, "which is for mnist"),
         ({"data": "mnist"}, "--data-dir"),
         ({"controls": ["nothing"]}, "controls"),
     ],
@@ -213,16 +151,9 @@ def test_training_and_evaluation_visit_what_they_should():
     assert model.training
 
 
-def test_mnist_defaults_to_the_paper_recipe_at_a_reduced_budget():
-    name, budget = recipes.DEFAULT["mnist"]
-    chosen = RECIPES[name].changed(budget)
-    assert name == "lenet-paper"
-    assert (chosen.iterations, chosen.rounds, chosen.budget) == (1000, 12, "reduced budget")
-
-
 def test_workers_are_started_only_where_they_pay():
-    assert lenet._default_workers(100) == 1
-    assert lenet._default_workers(10**6) >= 1
+    assert tickets._default_workers(100) == 1
+    assert tickets._default_workers(10**6) >= 1
 
 
 def test_every_control_trains_and_the_report_reads_it(tmp_path):

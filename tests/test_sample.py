@@ -233,6 +233,18 @@ def test_a_longer_tensor_begins_with_the_shorter():
         assert_same_bits(a, b[:n])
 
 
+@pytest.mark.parametrize("n", [1, 1024, 5 * 8 * 1024 + 77])
+def test_normal_values_written_past_the_caches_are_the_same(n, monkeypatch):
+    """Large tensors are; here every one is large. The memory around stays as it was."""
+    whole, wanted = torch.full((n + 32,), 7.0), torch.full((n + 32,), 7.0)
+    kind, params = rng.normal(0.5, 2)
+    cpu_sample_(wanted[16:-16], kind, params, 5, 2**63 + 3)
+    for name in ("sample", "sample_many"):
+        monkeypatch.setattr(f"initperf.kernels.cpu.{name}._LARGE", 0)
+    cpu_sample_(whole[16:-16], kind, params, 5, 2**63 + 3)
+    assert torch.equal(bits(whole), bits(wanted))
+
+
 def test_seeds_streams_and_offsets_give_different_values():
     d = rng.uniform(0, 1, torch.float32)
     variants = [(0, 0), (1, 0), (2**32, 0), (0, 1), (0, 2**32), (0, 0, 2**42), (0, 0, 1024)]

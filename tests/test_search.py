@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from initperf.checks import InitPerfError
-from initperf.experiments.recipes import mlp
+from initperf.experiments.networks import mlp
 from initperf.search import TicketSearch
 from initperf.ticket import Ticket
 
@@ -323,55 +323,121 @@ def test_two_loops_in_one_process_do_not_wait_for_each_other(tmp_path):
     assert next(iter(search(tmp_path, trials=1))).level == 0
 
 
-PROGRAM = """
-import sys
+NURSERY = """
+import os, sys, tempfile, traceback
 sys.path.insert(0, {tests!r})
-from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from test_search import search, train
+
+def whole_run(out):
+    for run in search(out, checkpoint_seconds=0.003, sparse=0.4):
+        train(run, iterations=24)
+
+with tempfile.TemporaryDirectory() as folder:
+    whole_run(folder)
 print("ready", flush=True)
-for run in search(Path({out!r}), checkpoint_seconds=0.02):
-    train(run, iterations=24)
+for out in sys.stdin:
+    child = os.fork()  # imports and compiled kernels take seconds to load, a fork none
+    if not child:
+        try:
+            whole_run(out.strip())
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-TESTS = os.path.dirname(__file__)
+class Nursery:
+    """A process that has loaded everything and forks a run whenever asked."""
 
+    def __init__(self):
+        program = NURSERY.format(tests=os.path.dirname(__file__))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout.readline() == "ready\n"
 
-def start(out):
-    program = PROGRAM.format(tests=TESTS, out=str(out))
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
-    return process
+    def start(self, out):
+        """The process id of a run in `out`."""
+        print(out, file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def status(self):
+        """How the run ended: 0, or the signal's number."""
+        return int(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """What PROGRAM gives when nothing disturbs it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert start(folder).wait(120) == 0
-    return folder
+def nurseries():
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    both = [Nursery(), Nursery()]
+    yield both
+    for nursery in both:
+        nursery.close()
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(undisturbed, tmp_path):
-    moments = random.Random(0)
-    for _ in range(2):
-        process = start(tmp_path)
-        time.sleep(moments.uniform(0.1, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
-    assert start(tmp_path).wait(120) == 0
-    assert rows(tmp_path) == rows(undisturbed)
-    assert rows(tmp_path, "curves.csv") == rows(undisturbed, "curves.csv")
+@pytest.fixture(scope="module")
+def undisturbed(nurseries, tmp_path_factory):
+    """A run that nothing disturbs, and its seconds."""
+    folder, began = tmp_path_factory.mktemp("undisturbed"), time.perf_counter()
+    nurseries[0].start(folder)
+    assert nurseries[0].status() == 0
+    return folder, time.perf_counter() - began
 
 
-def test_two_processes_share_a_run(undisturbed, tmp_path):
-    both = [start(tmp_path) for _ in range(2)]
-    assert [p.wait(120) for p in both] == [0, 0]
-    assert rows(tmp_path) == rows(undisturbed)
+def assert_same(folder, other):
+    """Tables, tickets and configuration, to the bit; and nothing half written is left."""
+    for table in ("results.csv", "curves.csv", "movement.csv"):
+        assert rows(folder, table) == rows(other, table)
+    for path in [*(other / "tickets").iterdir(), other / "config.json"]:
+        assert (folder / path.relative_to(other)).read_bytes() == path.read_bytes()
+    names = [{str(p.relative_to(f)) for p in f.rglob("*")} for f in (folder, other)]
+    assert names[0] == names[1]
+
+
+def test_a_run_killed_at_ten_random_moments_ends_in_the_same_bits(nurseries, undisturbed, tmp_path):
+    whole, seconds = undisturbed
+    moments, killed, within = random.Random(0), 0, 0
+    while killed < 10:
+        process = nurseries[0].start(tmp_path)
+        time.sleep(moments.uniform(0.1, 1.6) * seconds / 14)  # of 14 networks
+        os.kill(process, signal.SIGKILL)
+        if nurseries[0].status() == 0:
+            break
+        killed += 1
+        within += bool(list(tmp_path.glob("networks/*.checkpoint")))
+        assert len(list(tmp_path.glob("networks/*.json"))) < 14, "killed when all was done"
+    assert killed == 10
+    assert within >= 3  # most fall within the training of a network
+    nurseries[0].start(tmp_path)
+    assert nurseries[0].status() == 0
+    assert_same(tmp_path, whole)
+
+
+def test_two_processes_share_a_run(nurseries, undisturbed, tmp_path):
+    for nursery in nurseries:
+        nursery.start(tmp_path)
+    assert [nursery.status() for nursery in nurseries] == [0, 0]
     assert len(rows(tmp_path)) == 14
+    assert_same(tmp_path, undisturbed[0])
+
+
+def test_two_runs_at_the_same_time_do_not_touch_each_other(nurseries, undisturbed, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for nursery, folder in zip(nurseries, folders, strict=True):
+        nursery.start(folder)
+    assert [nursery.status() for nursery in nurseries] == [0, 0]
+    for folder in folders:
+        assert_same(folder, undisturbed[0])
 
 
 def test_rewinding_to_iteration_k_gives_the_weights_of_that_iteration(tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 
 from initperf.checks import InitPerfError
 from initperf.convert import sparsify
-from initperf.experiments.recipes import mlp
+from initperf.experiments.networks import mlp
 from initperf.init import initialize
 from initperf.prune import magnitude
 from initperf.schemes import Init

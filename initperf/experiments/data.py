@@ -20,6 +20,8 @@ from initperf.checks import InitPerfError, check, fail
 SPLIT_SEED = 0x5EED
 DIGITS_SPLIT = 1097, 300, 400  # train, validation, test; no official split exists
 MNIST_VALIDATION = 5000  # Frankle & Carbin: 55K train, 5K validation, 10K test
+MNIST_NORMALIZATION = 0.1307, 0.3081
+MNIST_SHA256 = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"  # of MNIST's own pixels and labels
 MNIST_FILES = {
     ("train", "images"): "train-images-idx3-ubyte",
     ("train", "labels"): "train-labels-idx1-ubyte",
@@ -31,6 +33,7 @@ _GET_MNIST = (
     "t10k-labels-idx1-ubyte.gz (for example from https://ossci-datasets.s3.amazonaws.com/mnist/) into one folder, "
     "and name it with --data-dir"
 )
+_LAYOUTS = {"mnist": ("train-images*",), "cifar10": ("cifar-10-*", "data_batch_1*", "*jpg*.tar.gz", "*jpeg*.tar.gz")}
 _MAGIC = {"images": 0x803, "labels": 0x801}  # IDX: unsigned bytes, 3 dimensions or 1
 
 
@@ -75,6 +78,14 @@ def load(name: str, folder: str | Path | None = None) -> DataSet:
     return loaders[name]()
 
 
+def kind_of(folder: str | Path) -> str:
+    """What the folder's files are: "mnist" (IDX files of any image set) or "cifar10"."""
+    for kind, globs in _LAYOUTS.items():
+        if any(any(Path(folder).glob(glob)) for glob in globs):
+            return kind
+    raise InitPerfError(f"Expected IDX files or CIFAR-10 in {folder}. Got none of their names. {_GET_MNIST}.")
+
+
 def digits() -> DataSet:
     """The UCI digits that ship inside the package: 1,797 images of 8 x 8, flattened to 64 values."""
     raw = gzip.decompress(files("initperf.data").joinpath("digits.csv.gz").read_bytes())
@@ -109,22 +120,28 @@ def mnist(folder: str | Path | None) -> DataSet:
     sizes = train.shape[1:], test.shape[1:]
     check(sizes[0] == sizes[1], f"train and test images of one size in {folder}", f"{sizes[0]} and {sizes[1]}")
     check(len(train) > MNIST_VALIDATION, f"more than {MNIST_VALIDATION} train images in {folder}", len(train))
-    mean, std = _mean_and_std(train, 255)
     labels, test_labels = arrays["train", "labels"], arrays["test", "labels"]
+    checksum = sha256(train, labels, test, test_labels)
+    if checksum == MNIST_SHA256:
+        name, what = "mnist", "MNIST (LeCun, Cortes, Burges, CC BY-SA 3.0)"
+        (mean, std), source = MNIST_NORMALIZATION, "its published constants"
+    else:
+        name, what = folder.resolve().name, f"IDX images of {folder.resolve().name}, which are not MNIST itself"
+        (mean, std), source = _mean_and_std(train, 255), "measured on its training images"
     order = permutation(len(train), SPLIT_SEED, "mnist").numpy()
     val, rest = order[:MNIST_VALIDATION], order[MNIST_VALIDATION:]
     about = (
-        f"IDX images of {folder.name} ({len(train):,} + {len(test):,}; MNIST itself: LeCun, Cortes, Burges, CC BY-SA 3.0), "
-        f"split {len(rest)}/{len(val)}/{len(test)}, normalized by mean {mean}, std {std}"
+        f"{what}, {len(train):,} + {len(test):,}, "
+        f"split {len(rest)}/{len(val)}/{len(test)}, normalized by mean {mean}, std {std} ({source})"
     )
     return DataSet(
-        "mnist",
+        name,
         about,
         int(max(labels.max(), test_labels.max())) + 1,
         _split(train[rest], labels[rest], 255, mean, std),
         _split(train[val], labels[val], 255, mean, std),
         _split(test, test_labels, 255, mean, std),
-        sha256(train, labels, test, test_labels),
+        checksum,
     )
 
 

@@ -1,32 +1,44 @@
 """The recipes of the lottery-ticket experiments, number by number, and what each budget reduces.
 
-Three recipes go by the name LeNet-300-100 and disagree, so every table names the recipe (Frankle & Carbin 2019, table 2
-and appendix; their own MNIST code; open_lth).
+Three recipes go by the name LeNet-300-100 and disagree, so every table names the recipe (Frankle & Carbin 2019, figure 2
+and appendices; their own MNIST code; open_lth).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
 
-from initperf.checks import check
+from initperf.checks import check, fail
+from initperf.experiments.networks import network, small_network
+from initperf.search import SPARSE_BELOW
 
+OPTIMIZERS = ("adam", "sgd")
 REDUCED = "reduced budget"
 COSTS = ("iterations", "rounds", "trials", "reinits")
-BUDGETS = {
+BUDGETS: dict[str, dict[str, int]] = {
     "quick": {"iterations": 1000, "rounds": 12, "trials": 5, "reinits": 1},
     "medium": {"iterations": 5000, "rounds": 15, "trials": 5, "reinits": 1},
     "paper": {},
+}
+CONVOLUTIONAL = {  # a step of Conv-2 takes 150 times longer than LeNet's, and an evaluation as long as 70 steps
+    "quick": {"iterations": 300, "rounds": 5, "trials": 1, "reinits": 1, "evaluate_every": 150},
+    "medium": {"iterations": 2000, "rounds": 12, "trials": 2, "reinits": 1, "evaluate_every": 250},
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment: network, data, training, pruning, trials. `fractions` are pruned a round, of the survivors."""
+    """One experiment: network, data, training, pruning, trials.
+
+    channels: of the convolutions; hidden: of the linear layers. warmup: iterations over which the learning rate grows
+    linearly to lr. fractions: pruned a round, of the survivors. sparse: networks below this density train compressed.
+    learning_rates: at which every network trains, too, beside lr.
+    """
 
     name: str
     source: str
@@ -43,7 +55,13 @@ class Recipe:
     scope: str
     trials: int
     reinits: int
-    controls: tuple[str, ...]
+    controls: tuple[str, ...] = ("reinit", "shuffle")
+    channels: tuple[int, ...] = ()
+    warmup: int = 0
+    rewind_to: int = 0
+    criterion: str = "magnitude"
+    sparse: float = SPARSE_BELOW
+    learning_rates: tuple[float, ...] = ()
     budget: str | None = None
     reduced: dict[str, str] = field(default_factory=dict)
 
@@ -54,10 +72,45 @@ class Recipe:
         """
         budget = budget or "paper"
         check(budget in BUDGETS, f"a budget of {', '.join(BUDGETS)}", repr(budget))
-        numbers = {k: min(v, getattr(self, k)) for k, v in BUDGETS[budget].items()}
+        limits = BUDGETS[budget] | (CONVOLUTIONAL.get(budget, {}) if self.channels else {})
+        cheaper = {"evaluate_every": max}
+        numbers = {k: cheaper.get(k, min)(v, getattr(self, k)) for k, v in limits.items()}
         numbers |= {k: v for k, v in given.items() if v is not None}
         less = {k: f"{v:,} of {getattr(self, k):,}" for k, v in numbers.items() if k in COSTS and v < getattr(self, k)}
-        return replace(self, **numbers, budget=REDUCED if less else None, reduced=less)
+        if (every := numbers.get("evaluate_every", 0)) > self.evaluate_every:
+            less["evaluate_every"] = f"{every:,}, not {self.evaluate_every:,}"
+        found = replace(self, **numbers, budget=REDUCED if less else None, reduced=less)
+        for name, least in (("iterations", 1), ("evaluate_every", 1), ("batch", 1), ("warmup", 0)):
+            check(getattr(found, name) >= least, f"{name} to be at least {least}", getattr(found, name))
+        check(0 < found.lr < math.inf, "lr, the learning rate, to be above 0 and finite", found.lr)
+        check(found.optimizer in OPTIMIZERS, f"an optimizer of {', '.join(OPTIMIZERS)}", repr(found.optimizer))
+        check(len(found.hidden) > 0 and min(*found.hidden, *found.channels, 1) > 0, "widths above 0", found.hidden)
+        return found
+
+    def parsed(self, name: str, text: str) -> Any:
+        """The value of field `name` from `text`, by the kind of its present value: "300,100", "fc*:0.2,fc3*:0.1", "1e-3"."""
+        settable = [f.name for f in fields(self) if f.name not in ("name", "source", "data", "budget", "reduced")]
+        check(name in settable, f"a setting of {', '.join(settable)}", repr(name))
+        now = getattr(self, name)
+        parts = [part for part in text.split(",") if part]
+        try:
+            if isinstance(now, dict):
+                pairs = (part.rsplit(":", 1) for part in parts)
+                return {glob: float(value) for glob, value in pairs}
+            if isinstance(now, tuple):
+                kind: type = {"controls": str, "learning_rates": float}.get(name, int)
+                return tuple(kind(part) for part in parts)
+            return type(now)(text)
+        except ValueError:
+            fail(f"{name} as in {name}={_written(now)}", repr(text))
+
+    def make(self, shape: Sequence[int], classes: int) -> nn.Sequential:
+        """The network for images of `shape`."""
+        return network(shape, self.channels, self.hidden, classes)
+
+    def make_small(self, shape: Sequence[int], classes: int, weights: int) -> nn.Sequential:
+        """The widest one of the same proportions with at most `weights` weights."""
+        return small_network(shape, self.channels, self.hidden, classes, weights)
 
     def config(self) -> dict[str, Any]:
         """For config.json."""
@@ -68,8 +121,37 @@ class Recipe:
     def from_config(cls, config: Mapping[str, Any]) -> Recipe:
         """The recipe that wrote a config.json."""
         found = {f.name: config[f.name] for f in fields(cls) if f.name != "name"}
-        found |= {name: tuple(found[name]) for name in ("hidden", "controls")}
+        found |= {name: tuple(value) for name, value in found.items() if isinstance(value, list)}
         return cls(name=config["recipe"], **found)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{glob}:{number:g}" for glob, number in value.items())
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _conv(pairs: int, lr: float, iterations: int, fraction: float) -> Recipe:
+    """Conv-2, -4 or -6: their numbers differ in these."""
+    widths = (64, 64, 128, 128, 256, 256)[: 2 * pairs]
+    return Recipe(
+        name=f"conv{2 * pairs}",
+        source=f"Frankle & Carbin 2019, The Lottery Ticket Hypothesis, figure 2: Conv-{2 * pairs} on CIFAR-10",
+        data="cifar10",
+        channels=widths,
+        hidden=(256, 256),
+        init="xavier_normal",
+        optimizer="adam",
+        lr=lr,
+        batch=60,
+        iterations=iterations,
+        evaluate_every=100,
+        rounds=20,
+        fractions={"conv*.weight": fraction, "fc*.weight": 0.2, "fc3.weight": 0.1},
+        scope="layerwise",
+        trials=5,
+        reinits=3,
+    )
 
 
 LAYERWISE = {"fc1.weight": 0.2, "fc2.weight": 0.2, "fc3.weight": 0.1}
@@ -93,11 +175,10 @@ RECIPES = {
             scope="layerwise",
             trials=5,
             reinits=1,
-            controls=("reinit", "shuffle"),
         ),
         Recipe(
             name="lenet-paper",
-            source="Frankle & Carbin 2019, The Lottery Ticket Hypothesis, table 2: LeNet-300-100 on MNIST",
+            source="Frankle & Carbin 2019, The Lottery Ticket Hypothesis, figure 2: LeNet-300-100 on MNIST",
             data="mnist",
             hidden=(300, 100),
             init="xavier_normal",
@@ -111,7 +192,6 @@ RECIPES = {
             scope="layerwise",
             trials=5,
             reinits=3,
-            controls=("reinit", "shuffle"),
         ),
         Recipe(
             name="lenet-open-lth",
@@ -129,39 +209,20 @@ RECIPES = {
             scope="global",
             trials=5,
             reinits=1,
-            controls=("reinit", "shuffle"),
         ),
+        _conv(1, 2e-4, 20_000, 0.10),
+        _conv(2, 3e-4, 25_000, 0.10),
+        _conv(3, 3e-4, 30_000, 0.15),
     )
 }
-DEFAULT = {"digits": ("digits", "paper"), "mnist": ("lenet-paper", "quick")}  # data: recipe, budget
+DEFAULT = {  # data: recipe, budget
+    "digits": ("digits", "paper"),
+    "mnist": ("lenet-paper", "quick"),
+    "cifar10": ("conv2", "quick"),
+}
 
 
 def find(name: str) -> Recipe:
     """The recipe of that name."""
     check(name in RECIPES, f"a recipe of {', '.join(RECIPES)}", repr(name))
     return RECIPES[name]
-
-
-def mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
-    """Linear layers fc1, fc2, ... with ReLU between them."""
-    sizes = (inputs, *hidden, outputs)
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
-        layers[f"fc{i}"] = nn.Linear(a, b)
-        if i < len(sizes) - 1:
-            layers[f"relu{i}"] = nn.ReLU()
-    return nn.Sequential(layers)
-
-
-def small_mlp(inputs: int, hidden: tuple[int, ...], outputs: int, weights: int) -> nn.Sequential:
-    """The widest MLP of the same proportions with at most `weights` weights (one unit a layer at least)."""
-
-    def shrunk(width: int) -> tuple[int, ...]:
-        return tuple(max(1, round(width * h / hidden[0])) for h in hidden)
-
-    def size(widths: tuple[int, ...]) -> int:
-        sizes = (inputs, *widths, outputs)
-        return sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
-
-    fits = [w for w in range(1, hidden[0] + 1) if size(shrunk(w)) <= weights]
-    return mlp(inputs, shrunk(max(fits, default=1)), outputs)

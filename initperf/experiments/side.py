@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from initperf import __version__, prune
 from initperf.checks import check, check_seed
 from initperf.experiments import data as sets
+from initperf.experiments.networks import mlp
 from initperf.experiments.outcome import Outcome
-from initperf.experiments.recipes import DEFAULT, Recipe, find, mlp
+from initperf.experiments.recipes import DEFAULT, Recipe, find
 from initperf.experiments.training import train
 from initperf.init import initialize
 from initperf.results import Run, read_run

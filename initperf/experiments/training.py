@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
@@ -14,8 +14,9 @@ from initperf.experiments.data import DataSet, Split, permutation
 from initperf.experiments.recipes import Recipe
 from initperf.search import Run
 
-EVALUATION_BATCH = 5000
+EVALUATION_BATCH = {2: 1000, 4: 250}  # by dimensions of the images, flat or not: larger activations leave the caches
 TIMED_STEPS = 60
+TIMED_SECONDS = 3.0  # for networks whose steps take long
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, fused=True),
@@ -24,11 +25,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def train(run: Run, data: DataSet, recipe: Recipe, tick: Callable[[Run, int], None] | None = None) -> None:
     """Train run.model for the recipe's iterations, evaluating now and then; continues from a checkpoint if there is one."""
-    optimizer = OPTIMIZERS[recipe.optimizer](run.model.parameters(), lr=recipe.lr)
+    rate = recipe.lr if run.lr is None else run.lr
+    optimizer = OPTIMIZERS[recipe.optimizer](run.model.parameters(), lr=rate)
     start = run.restore(optimizer=optimizer)
     batches = len(data.train) // recipe.batch
     order, epoch_of_order = torch.empty(0), -1
     for iteration in range(start + 1, recipe.iterations + 1):
+        if iteration <= recipe.warmup:
+            optimizer.param_groups[0]["lr"] = rate * iteration / recipe.warmup
         epoch, at = divmod(iteration - 1, batches)
         if epoch != epoch_of_order:
             order, epoch_of_order = permutation(len(data.train), run.data_seed, epoch), epoch
@@ -64,7 +68,8 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     training = model.training
     model.eval()
     loss, right = 0.0, 0
-    for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
+    size = EVALUATION_BATCH[split.x.dim()]
+    for x, y in zip(split.x.split(size), split.y.split(size), strict=True):
         scores = model(x)
         loss += float(F.cross_entropy(scores, y, reduction="sum"))
         right += int((scores.argmax(1) == y).sum())
@@ -72,15 +77,20 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     return loss / len(split), right / len(split)
 
 
-def measure_steps(dense: nn.Module, masked: nn.Module, data: DataSet, recipe: Recipe) -> tuple[float, float]:
-    """Median milliseconds of a training step of two models, in alternation."""
+def measure_steps(models: Mapping[str, nn.Module], data: DataSet, recipe: Recipe) -> dict[str, float]:
+    """Median milliseconds of a training step of each model, in alternation."""
     x, y = data.train.x[: recipe.batch].clone(), data.train.y[: recipe.batch].clone()
-    models = [(m, OPTIMIZERS[recipe.optimizer](m.parameters(), lr=recipe.lr)) for m in (dense, masked)]
-    times: tuple[list[float], list[float]] = ([], [])
-    for i in range(TIMED_STEPS + 5):
-        for (model, optimizer), found in zip(models, times, strict=True):
+    optimizers = {k: OPTIMIZERS[recipe.optimizer](m.parameters(), lr=recipe.lr) for k, m in models.items()}
+    for kind, model in models.items():
+        for _ in range(3):  # the first build caches
+            step(model, optimizers[kind], x, y)
+    times: dict[str, list[float]] = {kind: [] for kind in models}
+    end = time.perf_counter() + TIMED_SECONDS
+    for i in range(TIMED_STEPS):
+        if i >= 5 and time.perf_counter() > end:
+            break
+        for kind, model in models.items():
             start = time.perf_counter()
-            step(model, optimizer, x, y)
-            if i >= 5:  # the first build caches
-                found.append(1e3 * (time.perf_counter() - start))
-    return round(median(times[0]), 4), round(median(times[1]), 4)
+            step(model, optimizers[kind], x, y)
+            times[kind].append(1e3 * (time.perf_counter() - start))
+    return {kind: round(median(found), 4) for kind, found in times.items()}

@@ -71,9 +71,7 @@ def masked_conv2d_grad_weight(
     dense = x.new_empty(1).expand(*shape)
     geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
     dw = torch.ops.aten.convolution_backward(dy, x, dense, None, *geometry, [False, True, False])[1]
-    if survivors.dtype == torch.bool:
-        return dw.masked_fill_(~survivors, 0)
-    return dw.reshape(-1).index_select(0, survivors).unsqueeze(1)
+    return stored(dw, survivors)
 
 
 def dense_weight(weight: Tensor, survivors: Tensor, shape: Ints, premasked: bool) -> Tensor:
@@ -81,6 +79,13 @@ def dense_weight(weight: Tensor, survivors: Tensor, shape: Ints, premasked: bool
     if survivors.dtype == torch.bool:
         return weight if premasked else torch.where(survivors, weight, 0)
     return weight.new_zeros(prod(shape)).index_copy_(0, survivors.long(), weight.reshape(-1)).view(*shape)
+
+
+def stored(dw: Tensor, survivors: Tensor) -> Tensor:
+    """A fresh dense gradient as the weight is stored: zero where pruned (in place), or its survivors (nnz, 1)."""
+    if survivors.dtype == torch.bool:
+        return dw.masked_fill_(~survivors, 0)
+    return dw.reshape(-1).index_select(0, survivors).unsqueeze(1)
 
 
 def conv_pattern_tensors(mask: Tensor, groups: int, compressed: bool) -> list[Tensor]:

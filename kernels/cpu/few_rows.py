@@ -6,7 +6,7 @@ Bound by reading values and columns. A task is a panel of rows: its sums are a p
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -183,12 +183,26 @@ def _correlate_parallel(
         )
 
 
+class _Call(NamedTuple):
+    """What follows from the sizes of the index and the batch."""
+
+    wide: tuple[int, ...]
+    kind: Any  # an array, of which the dtype counts
+    blocking: tuple[int, int, int, int]  # panels, column blocks, units a panel, columns a block
+    workers: int
+    bytes_each: (
+        int  # of a worker's memory: header, X rows, sums or dY rows, the slots of a panel's block; a multiple of 64
+    )
+
+
 @lru_cache(maxsize=4096)
-def _bytes_each(batch: int, blocks: int, quads: int, block: int, size: int) -> int:
-    """Of a worker's memory: header, X rows, sums or dY rows, the slots of a panel's block; a multiple of 64."""
-    panel = quads * ROWS
-    elements = batch * (blocks * block + panel) + panel * block + SLACK
-    return -(-(elements * size + 8 * panel + 8 * block) // 64) * 64 + 128
+def _call(shape: tuple[int, ...], sizes: tuple[int, int, int], dtype: torch.dtype, workers: int) -> _Call:
+    panels, blocks, quads, _ = shape
+    block, panel = block_of(sizes[2], blocks), quads * ROWS
+    elements = sizes[0] * (blocks * block + panel) + panel * block + SLACK
+    size = 8 if dtype == torch.float64 else 4
+    bytes_each = -(-(elements * size + 8 * panel + 8 * block) // 64) * 64 + 128
+    return _Call(_WIDE[block], KINDS[dtype], (panels, blocks, quads, block), min(workers, panels), bytes_each)
 
 
 def call_few(
@@ -199,29 +213,22 @@ def call_few(
     bias_at: int,
     units: Tensor,
     columns: Tensor,
-    shape: tuple[int, int, int],
     sizes: tuple[int, int, int],
 ) -> None:
     """For B <= FEW: y (B, N) = x (B, K) W^T + bias from the source `storage`, or y^T x at the survivors to that target.
 
-    shape: panels, column blocks and units a panel of the index; sizes: B, N, K.
+    sizes: B, N, K.
     """
-    panels, blocks, quads = shape
-    block = block_of(sizes[2], blocks)
-    index = (panels, blocks, quads, block)
-    workers = min(threads(), panels) if columns.numel() >= SERIAL else 1
-    bytes_each = _bytes_each(sizes[0], blocks, quads, block, 8 if x.dtype == torch.float64 else 4)
-    kind, wide = KINDS[x.dtype], _WIDE[block]
-    scratch = working_memory(workers * bytes_each)
-    first = (units.data_ptr(), columns.data_ptr(), index)
-    last = (sizes, scratch.data_ptr())
+    call = _call(units.shape, sizes, x.dtype, threads() if columns.numel() >= SERIAL else 1)
+    scratch = working_memory(call.workers * call.bytes_each).data_ptr()
+    first = units.data_ptr(), columns.data_ptr(), call.blocking
     if multiplies:
-        shared: tuple[Any, ...] = (*first, x.data_ptr(), x.stride(), storage, bias_at, y.data_ptr(), *last)
+        shared: tuple[Any, ...] = (*first, x.data_ptr(), x.stride(), storage, bias_at, y.data_ptr(), sizes, scratch)
         one, many = _multiply_panels, _multiply_parallel
     else:
-        shared = (*first, y.data_ptr(), y.stride(), x.data_ptr(), x.stride(), storage, *last)
+        shared = (*first, y.data_ptr(), y.stride(), x.data_ptr(), x.stride(), storage, sizes, scratch)
         one, many = _correlate_panels, _correlate_parallel
-    if workers > 1:
-        many(workers, bytes_each, wide, kind, *shared)
+    if call.workers > 1:
+        many(call.workers, call.bytes_each, call.wide, call.kind, *shared)
     else:
-        one(wide, kind, (0, panels), *shared)
+        one(call.wide, call.kind, (0, call.blocking[0]), *shared)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ CACHE_DIR = Path(_ROOT, f"numba-{_HASH}")
 _CONFIG: Any = numba.config
 _PID = os.getpid()
 _MAX_THREADS = _CONFIG.NUMBA_NUM_THREADS
+_told = threading.local()  # Numba keeps its number by thread
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -53,6 +55,7 @@ def threads() -> int:
     if is_forked():
         return 1
     count = min(torch.get_num_threads(), _MAX_THREADS)
-    if count > 1:
+    if count > 1 and getattr(_told, "count", 1) != count:  # telling Numba again would take a microsecond of every call
         numba.set_num_threads(count)
+        _told.count = count
     return count

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .jit import threads
 from .memory import gradient_memory
 from .products import correlate, multiply
-from .tiles import apply_mask, apply_mask_parallel
+from .tiles import apply_mask
 
-PARALLEL_FROM = 1 << 18  # weights under which a second thread does not help to mask
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,8 +44,5 @@ def dense_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]
     if not mask.is_contiguous():
         return out.masked_fill_(~mask, 0)
     words, survives = out.view(-1).view(_WORDS[out.element_size()]).numpy(), mask.view(-1).view(torch.uint8).numpy()
-    if words.size >= PARALLEL_FROM and threads() > 1:
-        apply_mask_parallel(words, survives)
-    else:
-        apply_mask(words, survives)
+    apply_mask(words, survives)  # on one thread: waking others takes longer, even for 16 million weights
     return out

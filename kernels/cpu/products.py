@@ -301,9 +301,9 @@ class _Call(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _call(
-    shape: tuple[int, int, int], sizes: tuple[int, int, int], dtype: torch.dtype, workers: int, multiplies: bool
+    shape: tuple[int, ...], sizes: tuple[int, int, int], dtype: torch.dtype, workers: int, multiplies: bool
 ) -> _Call:
-    (panels, blocks, quads), (B, _, K) = shape, sizes
+    (panels, blocks, quads, _), (B, _, K) = shape, sizes
     width, block = _widths(B), block_of(K, blocks)
     size, lanes = 8 if dtype == torch.float64 else 4, len(width) * LANES
     batch_blocks, each, groups, tasks = _plan(B, lanes, panels, quads * ROWS, size, workers, multiplies)
@@ -333,12 +333,11 @@ def multiply(
         bias = bias.contiguous()
         bias_at = bias.data_ptr()
     sizes = (B, rows, K)
-    panels, blocks, quads, _ = units.shape
     if B <= FEW:
-        call_few(True, x, y, source, bias_at, units, columns, (panels, blocks, quads), sizes)
+        call_few(True, x, y, source, bias_at, units, columns, sizes)
         return y
     workers = threads() if columns.numel() * max(B, LANES) >= SERIAL else 1
-    call = _call((panels, blocks, quads), sizes, x.dtype, workers, True)
+    call = _call(units.shape, sizes, x.dtype, workers, True)
     scratch = working_memory(call.workers * call.bytes_each)
     shared = (
         *(units.data_ptr(), columns.data_ptr(), call.blocking, x.data_ptr(), x.stride(), source, bias_at, y.data_ptr()),
@@ -356,13 +355,12 @@ def correlate(dy: Tensor, x: Tensor, target: tuple[int, ...], units: Tensor, col
     (B, N), K = dy.shape, x.shape[1]
     dy, x = _readable(dy), _readable(x)
     sizes = (B, N, K)
-    panels, blocks, quads, _ = units.shape
     if B <= FEW:
-        call_few(False, x, dy, target, 0, units, columns, (panels, blocks, quads), sizes)
+        call_few(False, x, dy, target, 0, units, columns, sizes)
         return
     slots = columns.numel()
     workers = threads() if slots * B >= SERIAL else 1
-    call = _call((panels, blocks, quads), sizes, x.dtype, workers, False)
+    call = _call(units.shape, sizes, x.dtype, workers, False)
     own = call.workers * call.bytes_each
     scratch = working_memory(own + (slots + SLACK) * (8 if x.dtype == torch.float64 else 4))
     memory = scratch.data_ptr()

@@ -40,6 +40,7 @@ _CODES = {
     torch.float64: _FLOAT64,
 }
 _PARALLEL_FROM = 1 << 16  # values; below, starting the threads costs more than they save
+_LARGE = 32 << 20  # bytes that no cache will hold until they are used: sample_many_ writes normal values past them
 _PARAMS = 16
 
 _to_fixed_tuple: Any = ndarray.to_fixed_tuple
@@ -343,6 +344,11 @@ def sample_(
     """See initperf.reference.sample.sample_; params is a tuple."""
     n = out.numel()
     if not n:
+        return out
+    if kind == NORMAL and out.dtype == torch.float32 and out.nbytes >= _LARGE and offset == 0 and run in (-1, n):
+        from .sample_many import sample_many_
+
+        sample_many_([out], [(kind, params)], [stream], seed)
         return out
     constants, address = _constants(params)
     words = seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..contract import NORMAL, TILE, UNIFORM
 from .jit import jit, threads
-from .sample import _CODES, _constants, _pieces, sample_
+from .sample import _CODES, _FLOAT32, _LARGE, _constants, _pieces, sample_
 from .sample_blocks import LANES, MEAN, SQUARES, N, bits_set, copy_past_caches, fill, measure, pick, prune, words_of
 
 _TILES = 8  # tiles of a block: 32 KiB of float32, within the first-level cache
@@ -29,10 +29,6 @@ _CONSTANT = -1  # a kind of this file: every value has the bits that stand in PA
 _COST = {_CONSTANT: 1, UNIFORM: 3, NORMAL: 5}
 _TRUNCATED_COST = 7
 _PARALLEL = 64 * _COST[NORMAL]
-
-_LARGE = (
-    32 << 20
-)  # bytes of a list that no cache will hold until it is used: values of 4 bytes and more go past the caches
 
 _COLUMNS = 11
 ADDRESS, CODE, COUNT, KIND, PARAMS, STREAM, MASK, BITS, COST, FIRST_BLOCK, FIRST_COST = range(_COLUMNS)
@@ -76,7 +72,8 @@ def _share(
         stream, size = uint64(s[STREAM]), sizes[code]
         key = uint64(k0), uint64(k1), stream & uint64(0xFFFFFFFF), stream >> uint64(32)
         here = block - s[FIRST_BLOCK]
-        streamed = large and size >= 4 and s[BITS] == 0 and kind != _CONSTANT and address % 64 == 0
+        # Normal values come two lines at a time, which ordinary stores read first: past the caches 1.28x, others 0.7-0.9x.
+        streamed = large and kind == NORMAL and code == _FLOAT32 and s[BITS] == 0 and address % 64 == 0
         blocks = 1
         if not (streamed or s[MASK] or s[BITS] or len(records)):
             blocks = min(end, plan[t + 1, FIRST_BLOCK]) - block

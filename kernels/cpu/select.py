@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import uint32
 from torch import Tensor
 
 from .jit import jit, threads
+from .vector import full_vectors
 
 DIGIT = 16  # bits a pass: weights touch few of the 65,536 counters, so they stay in the caches, and two passes do for float32
 SMALL_DIGIT = 11  # where clearing the counters would cost more than a third pass
-BLOCK = 1024  # elements searched at once for ties
+BLOCK = 1024  # elements counted, or searched for ties, at once
 SERIAL = 1 << 21  # below this many elements threads cost more than they save
 _WORDS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
 _NO_MASK = np.empty(0, np.uint8)
@@ -53,39 +55,50 @@ def _first_histogram(keys, alive, absolute, shift, counts):
 @jit()
 def _count(keys, alive, absolute, low, high):
     """Survivors with low <= key <= high."""
+    full_vectors()
     count = 0
+    for start in range(0, keys.size, BLOCK):
+        count += _within(keys[start : start + BLOCK], alive[start : start + BLOCK], absolute, low, high)
+    return count
+
+
+@jit(inline="always")
+def _within(keys, alive, absolute, low, high):
+    """The same in a block: 32-bit counts, which fill vectors with twice as many."""
+    count = uint32(0)
     if alive.size == 0:
         for i in range(keys.size):
             key = keys[i] & absolute
-            count += (key >= low) & (key <= high)
+            count += uint32((key >= low) & (key <= high))
     else:
         for i in range(keys.size):
             key = keys[i] & absolute
-            count += (key >= low) & (key <= high) & (alive[i] != 0)
+            count += uint32((key >= low) & (key <= high) & (alive[i] != 0))
     return count
 
 
 @jit()
 def _cut(keys, alive, out, absolute, threshold, ties):
     """out = alive and key > threshold, or key == threshold beyond the first `ties` such survivors. Returns the ties left."""
-    for start in range(0, keys.size, BLOCK):
-        stop = min(start + BLOCK, keys.size)
-        equal = 0
-        if alive.size == 0:
-            for i in range(start, stop):
-                key = keys[i] & absolute
-                out[i] = key > threshold
-                equal += key == threshold
+    full_vectors()
+    for start in range(0, keys.size, BLOCK):  # slices: LLVM cannot see that start + i is no index from the end
+        some, living, kept = keys[start : start + BLOCK], alive[start : start + BLOCK], out[start : start + BLOCK]
+        equal = uint32(0)
+        if living.size == 0:
+            for i in range(some.size):
+                key = some[i] & absolute
+                kept[i] = key > threshold
+                equal += uint32(key == threshold)
         else:
-            for i in range(start, stop):
-                key = keys[i] & absolute
-                out[i] = (key > threshold) & (alive[i] != 0)
-                equal += key == threshold
+            for i in range(some.size):
+                key = some[i] & absolute
+                kept[i] = (key > threshold) & (living[i] != 0)
+                equal += uint32(key == threshold)
         if equal == 0:
             continue
-        for i in range(start, stop):
-            if (keys[i] & absolute) == threshold and (alive.size == 0 or alive[i] != 0):
-                out[i] = ties <= 0
+        for i in range(some.size):
+            if (some[i] & absolute) == threshold and (living.size == 0 or living[i] != 0):
+                kept[i] = ties <= 0
                 ties -= 1
     return ties
 

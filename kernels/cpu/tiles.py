@@ -6,7 +6,6 @@ A tile holds lines of `lanes` = V * 16 batch rows: tile[line][lane]. Packing and
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from .jit import jit
 from .spmm_ir import LANES, ROWS, load, prefetch, shifted, store, stream, transpose_in, transpose_out
@@ -133,11 +132,4 @@ def scatter(units, count, columns, sums, rows, width, out, stride, buffer, strea
 def apply_mask(words, mask):
     """words = 0 where mask is 0; flat integer views."""
     for i in range(words.size):
-        words[i] &= -words.dtype.type(mask[i])
-
-
-@jit(parallel=True)
-def apply_mask_parallel(words, mask):
-    """The same by all threads."""
-    for i in prange(words.size):
         words[i] &= -words.dtype.type(mask[i])
