@@ -150,6 +150,16 @@ def own_rates_table(run: Run) -> Table | None:
     return Table("Each at its own best learning rate", columns, rows, notes)
 
 
+def own_rates_sentence(run: Run) -> list[str]:
+    """What the controls at their own best learning rates leave of the ticket's lead at the sparsest level; [] if none were tried."""
+    if not run.other_rows:
+        return []
+    own, last = run.own_rates()[0], run.levels[-1]
+    leads = {kind: lead for kind in run.controls if (lead := own.lead(last, kind))}
+    shown = "; ".join(f"{name_of(kind)} {points(lead)}" for kind, lead in leads.items())
+    return [f"Each at its own best learning rate, at {percent(run.density(last))}, the ticket leads by: {shown}."]
+
+
 def side_by_side(run: Run, other: Run, names: tuple[str, str]) -> Table | None:
     """Both runs at the densities that they share."""
     rows = []

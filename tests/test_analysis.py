@@ -12,7 +12,14 @@ from scipy import stats
 
 from initperf import analysis, criteria, survivors
 from initperf.analysis import growth, movement_gap, movement_of, write_analysis
-from initperf.analysis_findings import evenly, movement_table, overlap_table, own_rates_table, survivors_table
+from initperf.analysis_findings import (
+    evenly,
+    movement_table,
+    overlap_table,
+    own_rates_sentence,
+    own_rates_table,
+    survivors_table,
+)
 from initperf.experiments.side import Setting, one_thread
 from initperf.findings import points
 from initperf.paired import Difference, paired_difference
@@ -239,7 +246,8 @@ def test_own_learning_rates_are_chosen_by_validation_loss_not_by_test_accuracy(r
     assert len(own.rows) == len(run.rows)
     assert own.lead(2, "reinit").mean == pytest.approx(run.lead(2, "reinit").mean + 0.001)
     assert [row[2] for row in own_rates_table(run).rows][:4] == ["0.001", "0.001", "0.01", "0.001"]
-    write_report(rates)
+    assert f"re-initialized {points(own.lead(3, 'reinit'))}" in own_rates_sentence(run)[0]
+    assert own_rates_sentence(run)[0] in write_report(rates).read_text()
     assert {row["lr"] for row in rows_of(rates / "analysis" / "own_rates.csv")} == {"0.001", "0.01"}
 
 
