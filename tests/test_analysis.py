@@ -11,9 +11,10 @@ from fake_run import write_run
 from scipy import stats
 
 from initperf import analysis, criteria, survivors
-from initperf.analysis import growth, movement_gap, movement_of, write_analysis
+from initperf.analysis import Gap, growth, movement_gap, movement_of, write_analysis
 from initperf.analysis_findings import (
     evenly,
+    explained,
     movement_table,
     overlap_table,
     own_rates_sentence,
@@ -103,6 +104,16 @@ def test_the_gap_beyond_the_null_is_paired_by_trial(folder):
     assert (gap.beyond.low, gap.beyond.high) == pytest.approx((expected.low, expected.high))
     assert gap.explained == pytest.approx(sum(null) / sum(measured))
     assert growth(run, 2).mean == pytest.approx(sum(m.measured["kept_grew"] for m in moved) / 5)
+
+
+def test_what_the_null_explains_is_said_only_where_there_is_something_to_explain():
+    def gap(measured, null):
+        return Gap(
+            Difference(measured, measured - 0.1, measured + 0.1, 3), Difference(null, 0, 0, 3), Difference(0, 0, 0, 3)
+        )
+
+    assert [explained(gap(1.0, null)) for null in (0.5, 1.5, -0.5)] == ["50%", "> 100%", "none"]
+    assert explained(gap(0.05, 0.05)) == "–"
 
 
 def test_the_null_permutes_over_the_weights_that_were_alive_and_no_others():
