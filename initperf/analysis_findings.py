@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TypeVar
 
-from initperf.analysis import movement_gap, movement_of
+from initperf.analysis import Gap, movement_gap, movement_of
 from initperf.findings import NONE, Table, accuracy, count_of, early_stop, name_of, percent, points
 from initperf.results import Run
 from initperf.survivors import Overlap, Survivors
@@ -21,6 +21,13 @@ def evenly(found: Sequence[T], most: int = MOST_LEVELS) -> list[T]:
     """At most `most` of them, evenly spread, the first and the last among them."""
     count = min(len(found), most)
     return [found[round(i * (len(found) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def explained(gap: Gap) -> str:
+    """How much of a measured gap the null has too; "none" where the null's goes the other way."""
+    if not gap.measured.sign:
+        return NONE
+    return "none" if gap.explained < 0 else "> 100%" if gap.explained > 1 else f"{100 * gap.explained:.0f}%"
 
 
 def movement_table(run: Run) -> Table | None:
@@ -43,14 +50,15 @@ def movement_table(run: Run) -> Table | None:
             beyond = f"{gap.beyond.mean:+.4f}"
             if gap.beyond.trials > 1:
                 beyond += f" ({gap.beyond.low:+.4f} to {gap.beyond.high:+.4f})"
-            explained = f"{100 * min(gap.explained, 1):.0f}%" if gap.measured.sign else NONE
-            explained = "> " * (gap.explained > 1 and gap.measured.sign != 0) + explained
-            rows.append([name if level == levels[0] else "", percent(run.density(level)), *shown, beyond, explained])
+            rows.append(
+                [name if level == levels[0] else "", percent(run.density(level)), *shown, beyond, explained(gap)]
+            )
     notes = [
         "Weights that the pruning after a training kept, against those it pruned, all layers together, in the units of the "
         "weights. The null permutes w_T - w_0 within each layer and then selects by magnitude as the pruning does: what it "
         "shows, selection alone does. Beyond the null: (kept - pruned) minus the same under the null, paired by trial, with "
-        "95% interval. Explained: the null's gap over the measured one, where the measured gap is not zero within its interval."
+        "95% interval. Explained: the null's gap over the measured one, where the measured gap is not zero within its interval; none where the null's "
+        "goes the other way."
     ]
     columns = ["", "trained at", "kept", "pruned", "kept, null", "pruned, null", "beyond the null", "explained by it"]
     return Table("How weights moved", columns, rows, notes) if rows else None
@@ -148,6 +156,16 @@ def own_rates_table(run: Run) -> Table | None:
     ]
     columns = ["surviving", "network", "learning rate", "test accuracy at early stop", "ticket minus it"]
     return Table("Each at its own best learning rate", columns, rows, notes)
+
+
+def own_rates_sentence(run: Run) -> list[str]:
+    """What the controls at their own best learning rates leave of the ticket's lead at the sparsest level; [] if none were tried."""
+    if not run.other_rows:
+        return []
+    own, last = run.own_rates()[0], run.levels[-1]
+    leads = {kind: lead for kind in run.controls if (lead := own.lead(last, kind))}
+    shown = "; ".join(f"{name_of(kind)} {points(lead)}" for kind, lead in leads.items())
+    return [f"Each at its own best learning rate, at {percent(run.density(last))}, the ticket leads by: {shown}."]
 
 
 def side_by_side(run: Run, other: Run, names: tuple[str, str]) -> Table | None:

@@ -160,6 +160,7 @@ def ticket(
 
 def _show_run(folder: Path, compare: Path | None = None) -> None:
     """Print the tables, write the report."""
+    from initperf.analysis_findings import own_rates_sentence, own_rates_table
     from initperf.findings import labels, tables, verdict
     from initperf.report import write_report
     from initperf.results import read_run
@@ -168,13 +169,15 @@ def _show_run(folder: Path, compare: Path | None = None) -> None:
     run = read_run(folder)
     page = write_report(folder, compare)
     console = open_console()
-    for table in tables(run):
-        show(console, table)
+    levels, *others = tables(run)
+    for table in (levels, own_rates_table(run), *others):
+        if table:
+            show(console, table)
     found = verdict(run)
     for label in labels(run):
         console.print(label, style="bold yellow", markup=False)
     console.print(found.headline, style="bold", markup=False)
-    for sentence in found.sentences:
+    for sentence in [*found.sentences, *own_rates_sentence(run)]:
         console.print(f"  {sentence}", markup=False)
     console.print(f"\nReport: {page}", soft_wrap=True, markup=False)
 

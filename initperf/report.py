@@ -11,7 +11,14 @@ from typing import Any
 
 from initperf import findings
 from initperf.analysis import FOLDER, write_analysis
-from initperf.analysis_findings import movement_table, overlap_table, own_rates_table, side_by_side, survivors_table
+from initperf.analysis_findings import (
+    movement_table,
+    overlap_table,
+    own_rates_sentence,
+    own_rates_table,
+    side_by_side,
+    survivors_table,
+)
 from initperf.files import write_atomically
 from initperf.findings import Table, percent
 from initperf.report_style import CSS
@@ -45,7 +52,7 @@ def render(
     parts = [
         f'<div class="tag">{tag}</div>',
         f"<h1>{escape(found.headline)}</h1>",
-        _bullets(found.sentences),
+        _bullets([*found.sentences, *own_rates_sentence(run)]),
         _facts(run),
         _figures(run, other),
     ]
@@ -236,7 +243,9 @@ def limitations(run: Run) -> list[str]:
         )
     found += [
         "The intervals are for one comparison each; over many levels and controls some will miss by chance.",
-        "All networks were trained with one learning rate: a control might do better at its own best one (compare two runs).",
+        "At its own best learning rate each network was only set beside the others in the table of those."
+        if run.other_rows
+        else "All networks were trained with one learning rate: a control might do better at its own best one (--control-lrs).",
         "Times hold for this machine, this batch size and these layers.",
     ]
     return found

@@ -11,10 +11,19 @@ from fake_run import write_run
 from scipy import stats
 
 from initperf import analysis, criteria, survivors
-from initperf.analysis import growth, movement_gap, movement_of, write_analysis
-from initperf.analysis_findings import evenly, movement_table, overlap_table, own_rates_table, survivors_table
+from initperf.analysis import Gap, growth, movement_gap, movement_of, write_analysis
+from initperf.analysis_findings import (
+    evenly,
+    explained,
+    movement_table,
+    overlap_table,
+    own_rates_sentence,
+    own_rates_table,
+    survivors_table,
+)
 from initperf.experiments.side import Setting, one_thread
-from initperf.paired import paired_difference
+from initperf.findings import points
+from initperf.paired import Difference, paired_difference
 from initperf.report import write_report
 from initperf.results import read_run
 from initperf.runfolder import MOVEMENT
@@ -95,6 +104,16 @@ def test_the_gap_beyond_the_null_is_paired_by_trial(folder):
     assert (gap.beyond.low, gap.beyond.high) == pytest.approx((expected.low, expected.high))
     assert gap.explained == pytest.approx(sum(null) / sum(measured))
     assert growth(run, 2).mean == pytest.approx(sum(m.measured["kept_grew"] for m in moved) / 5)
+
+
+def test_what_the_null_explains_is_said_only_where_there_is_something_to_explain():
+    def gap(measured, null):
+        return Gap(
+            Difference(measured, measured - 0.1, measured + 0.1, 3), Difference(null, 0, 0, 3), Difference(0, 0, 0, 3)
+        )
+
+    assert [explained(gap(1.0, null)) for null in (0.5, 1.5, -0.5)] == ["50%", "> 100%", "none"]
+    assert explained(gap(0.05, 0.05)) == "–"
 
 
 def test_the_null_permutes_over_the_weights_that_were_alive_and_no_others():
@@ -238,7 +257,8 @@ def test_own_learning_rates_are_chosen_by_validation_loss_not_by_test_accuracy(r
     assert len(own.rows) == len(run.rows)
     assert own.lead(2, "reinit").mean == pytest.approx(run.lead(2, "reinit").mean + 0.001)
     assert [row[2] for row in own_rates_table(run).rows][:4] == ["0.001", "0.001", "0.01", "0.001"]
-    write_report(rates)
+    assert f"re-initialized {points(own.lead(3, 'reinit'))}" in own_rates_sentence(run)[0]
+    assert own_rates_sentence(run)[0] in write_report(rates).read_text()
     assert {row["lr"] for row in rows_of(rates / "analysis" / "own_rates.csv")} == {"0.001", "0.01"}
 
 
@@ -262,6 +282,10 @@ def test_a_compressed_step_is_read_where_it_was_timed(folder):
     assert [step.sparse_ms for step in run.steps] == [None, None, 0.3, 0.3]
     assert run.steps[3].sparse_speedup == pytest.approx(3)
     assert "3.00x" in write_report(folder).read_text()
+
+
+def test_differences_are_shown_in_points_with_their_interval():
+    assert points(Difference(0.0123, 0.01, -0.0146, 3)) == "+1.23 (+1.00 to -1.46)"
 
 
 def test_the_interval_divides_by_the_trials_minus_one():

@@ -208,6 +208,16 @@ def test_report_prints_what_ticket_printed_and_compares(call, tmp_path):
     assert not (other / "report.html").exists()
 
 
+def test_an_experiment_prints_its_table_and_names_its_files(call, tmp_path):
+    code, out, _ = call("experiment", "larger-init", "--out", tmp_path, "--iterations", "4", "--trials", "1")
+    assert code == 0
+    assert "Larger initial weights" in out
+    assert "Reduced budget" in out
+    for end in ("csv", "svg", "json"):
+        assert (tmp_path / f"larger-init.{end}").is_file()
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_report_of_something_else_is_one_line(refused, tmp_path):
     (tmp_path / "file").write_text("x")
     run = write_run(tmp_path / "run")

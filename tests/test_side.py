@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from initperf.experiments.outcome import by_trial, compare, over_trials, read_ro
 from initperf.experiments.recipes import find
 from initperf.experiments.side import Setting, one_thread, run_experiment
 from initperf.init import initialize
-from initperf.results import read_run
+from initperf.paired import paired_difference
+from initperf.results import Run, read_run
+from initperf.run_tables import Point, Row
 from initperf.ticket import Ticket
 
 TINY = {"iterations": 12, "trials": 2}
@@ -91,6 +94,13 @@ def test_a_dense_networks_variance_is_restored_by_measuring(setting):
     assert list(whole) == ["fc1", "fc2", "fc3"]
 
 
+def test_variances_are_over_the_dense_networks(experiments):
+    rows = read_rows(experiments / "rescale" / "rescale.csv")
+    found = {mode: by_trial(rows, "variance_fc2", start="shuffled", rescale=mode) for mode in rescaled.ALL}
+    assert all(value < 0.1 for value in found["none"].values())
+    assert all(value == pytest.approx(1, rel=1e-3) for value in found["measured"].values())
+
+
 def test_scale_1_of_a_larger_init_is_xavier_and_others_are_multiples(setting):
     one, plain, large = setting.make(), setting.make(), setting.make()
     scaled_xavier(1.0)(one, 5)
@@ -134,6 +144,18 @@ def test_scratch_e_is_the_beginning_of_scratch_b(experiments):
         assert by_trial(rows, "final_test_accuracy", **at, network=network)[1] == last.test_accuracy
     assert over_trials(rows, "compute", **at, network="Scratch-B").mean == 4
     assert scratch.compute(0.5, 4) == 2
+
+
+def test_scratch_is_read_where_its_validation_loss_was_least_in_its_own_time():
+    losses = {10: 0.5, 20: 0.3, 30: 0.4, 40: 0.2, 50: 0.6}
+    points = [Point(0, 1, "reinit", at, loss, at / 100) for at, loss in losses.items()]
+    row = Row(0, 1, "reinit", 0.1, 50, 40, 0.2, 0.4, 0.5, None, 1.0)
+    run = Run(Path("run"), {"iterations": 30}, [row], points, [], {})
+    (equal,), (longer,) = (scratch.scratch_rows(run, 1, until) for until in (30, None))
+    columns = ("early_stop_iteration", "early_stop_test_accuracy", "final_test_accuracy")
+    assert [equal[name] for name in columns] == [20, 0.2, 0.3]
+    assert [longer[name] for name in columns] == [40, 0.4, 0.5]
+    assert longer["compute"] == pytest.approx(50 / 30)
 
 
 def test_scratch_e_is_what_a_search_calls_reinit(experiments, tmp_path):
@@ -194,7 +216,7 @@ def test_rows_are_compared_by_trial():
         {"trial": t, "network": n, "x": v} for n, vs in (("a", (1, 2, 4)), ("b", (0, 0, 1))) for t, v in enumerate(vs)
     ]
     found = compare(rows, "x", {"network": "a"}, {"network": "b"})
-    assert found.mean == 2
+    assert found == paired_difference([1, 2, 3])
     assert compare(rows[:3] + rows[4:], "x", {"network": "a"}, {"network": "b"}).trials == 2
     assert compare(rows, "x", {"network": "a"}, {"network": "c"}) is None
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from initperf.analysis import Gap, growth, movement_gap, movement_of
+from initperf.analysis_findings import explained
 from initperf.experiments.claims import (
     NOT_REPRODUCED,
     NOT_TESTED,
@@ -195,7 +196,7 @@ def movement(run: Run) -> list[Statement]:
         ),
         (
             "The null explains nearly all (at least 80%) of how much more they move",
-            {level: f"{100 * gap.explained:.0f}%" for level, gap in gaps.items()},
+            {level: explained(gap) for level, gap in gaps.items()},
             {level: _explained(gap) for level, gap in gaps.items()},
         ),
     ]
