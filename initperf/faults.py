@@ -219,8 +219,11 @@ def without_gradient(e: Evidence) -> list[Verdict]:
     trained = [n for n in e.order if e.weight(n).requires_grad]
     seen = any(what == "weight" + GRADIENT for _, what in e.readings)
     found = []
+    read = {id(getattr(e.layers[n], "weight", None)) for n, what in e.readings if what == "weight" + GRADIENT}
     for name in e.order if seen else []:
         r = e.readings.get((name, "weight" + GRADIENT))
+        if r is None and id(e.layers[name].weight) in read:  # tied: its gradient goes by the parameter's first name
+            continue
         if name not in trained:
             text, remedy = (
                 "its weight does not require a gradient",

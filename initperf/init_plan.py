@@ -21,7 +21,7 @@ from initperf.schemes import Init, Place
 
 Choice = str | Init | rng.Distribution | float | None
 Scheme = Choice | Callable[[str, Tensor, nn.Module], Choice]
-_CHOICES = f"one of {', '.join(schemes.NAMES)}, an Init, a Distribution, a number or None"
+_CHOICES = f"one of {', '.join(schemes.NAMES)}, as in 'normal(0, 0.02)', an Init, a Distribution, a number or None"
 
 
 @dataclass
@@ -183,7 +183,7 @@ def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str
     elif isinstance(choice, Init):
         task.init = choice.check(task.name)
     elif isinstance(choice, str):
-        task.init = schemes.named(choice, place, by_itself)
+        task.init = schemes.named(choice, place, by_itself, task.ruled and not task.pretrained)
     else:
         task.init = schemes.constant(float(choice))
     if task.init is None and task.pretrained:

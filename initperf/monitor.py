@@ -135,8 +135,11 @@ class VarianceMonitor:
             fail("an attached monitor: call attach() or use `with`", "step() before", kind=InitPerfRuntimeError)
         if self._before:  # of the last costly step: one update later
             after = {key: _sample(p) for key, p in self._weights() if key in self._before}
+            same = {
+                key: v for key, v in after.items() if v.shape == self._before[key].shape
+            }  # else sparsify came between
             self._history[-1].blocks += _measure(
-                {(n, w + UPDATE): v - self._before[n, w] for (n, w), v in after.items()}
+                {(n, w + UPDATE): v - self._before[n, w] for (n, w), v in same.items()}
             )
             self._before = {}
         if self.measuring:

@@ -282,10 +282,11 @@ def written(text: str) -> Init:
         fail("a scheme as NAME(NUMBER, ...), such as 'normal(0, 0.02)'", repr(text))
 
 
-def named(scheme: str, place: Place, by_itself: Init | None) -> Init | None:
+def named(scheme: str, place: Place, by_itself: Init | None, ruled: bool = False) -> Init | None:
     """What a named scheme gives a parameter; None if it says nothing about it. `by_itself`: its own distribution, if known.
 
-    Weights of two and more dimensions get the scheme; biases 0; norms 1 and 0 and PReLU its own; embeddings as above.
+    Weights of two and more dimensions get the scheme, other matrices if a rule names them (`ruled`); biases 0; norms 1
+    and 0 and PReLU its own; embeddings as above.
     """
     if scheme in ("zeros", "ones"):
         return constant(scheme == "ones")
@@ -295,5 +296,5 @@ def named(scheme: str, place: Place, by_itself: Init | None) -> Init | None:
         return by_itself
     if place.parameter.dim() == 1:
         return constant(0) if "bias" in place.leaf else None
-    known = by_itself is not None or place.leaf.endswith("weight")
+    known = by_itself is not None or place.leaf.endswith("weight") or (ruled and place.parameter.dim() > 1)
     return SCHEMES[scheme](place) if known and place.leaf not in ("bias_k", "bias_v") else by_itself

@@ -422,6 +422,12 @@ def test_a_rule_covers_a_raw_parameter():
         initialize("model")
 
 
+def test_a_rule_with_a_named_scheme_covers_a_raw_matrix_of_any_name():
+    model = nn.ParameterDict({"w": torch.empty(200, 300)})
+    done = initialize(model, seed=1, rules={"w": "xavier_normal"})
+    assert done["w"] == Init("normal", (0.0, math.sqrt(2 / 500)))
+
+
 def half(shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
 

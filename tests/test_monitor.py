@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from initperf import sparsify
 from initperf.checks import InitPerfError
 from initperf.monitor import VarianceMonitor
 
@@ -376,8 +377,6 @@ def test_a_pickled_or_copied_model_carries_no_monitor(tmp_path):
 
 
 def test_masked_layers_are_read():
-    from initperf import sparsify
-
     model = mlp(16, 32, 4)
     sparsify(model, {"0.weight": torch.rand(32, 16) < 0.5})
     with VarianceMonitor(model) as monitor:
@@ -385,6 +384,16 @@ def test_masked_layers_are_read():
         monitor.step()
     got = monitor.scalars()
     assert {"0/forward_var", "0/backward_var", "0/weight_grad_var", "0/dead"} <= set(got)
+
+
+def test_a_weight_compressed_between_steps_goes_on_without_that_update():
+    model, x = mlp(10, 20, 5), torch.randn(16, 10)
+    with VarianceMonitor(model) as monitor:
+        for _ in range(2):
+            model(x).square().mean().backward()
+            monitor.step()
+            sparsify(model, density=0.3, sparse=True)
+    assert monitor.steps == 2
 
 
 def test_outputs_that_are_not_real_are_passed_over_with_a_reason():

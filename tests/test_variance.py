@@ -175,6 +175,12 @@ def test_files_hold_the_table_and_a_picture(tmp_path, figure):
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("options", [{"density": 0.001, "width": 10}, {"width": 1}])
+def test_a_network_that_passes_nothing_on_has_a_picture_too(tmp_path, options):
+    run_variance(tmp_path, depth=2, batch=10, seeds=2, **options)
+    assert (tmp_path / "variance.png").exists()
+
+
 def test_the_same_seed_gives_the_same_table():
     options = {"depth": 3, "width": 20, "batch": 10, "seeds": 2}
     assert run_variance(None, **options).table() == run_variance(None, **options).table()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from initperf import check_init
+from initperf import check_init, initialize
 from initperf.checks import InitPerfError
 from initperf.faults import Evidence
 from initperf.monitor import VarianceMonitor
@@ -146,6 +146,21 @@ def test_a_frozen_layer_is_named():
     model = deep(nn.ReLU, 3, init=he)
     model[2].weight.requires_grad_(False)
     assert [(v.fault, v.layer) for v in check_init(model, x(BATCH, 128))] == [("frozen", "2")]
+
+
+def test_a_tied_weight_is_not_called_frozen():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.embed(x))
+
+    model = Tied()
+    initialize(model, "gpt2", seed=0)
+    assert "frozen" not in check_init(model, torch.randint(0, 50, (64, 8))).faults
 
 
 @pytest.mark.parametrize(("rate", "faults"), [(10.0, ["learning rate too large"]), (1e-3, [])])

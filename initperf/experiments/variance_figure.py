@@ -89,7 +89,9 @@ def _panel(axes: Axes, lines: list[Line], depth: int, way: str, above: str) -> N
         axes.plot(layers, seen.mean(0).log10(), color=colour, marker=marker, markevery=every)
         logs = [math.log10(v) if v > 0 else -math.inf for v in expected]
         axes.plot(layers, logs, color="#222222", linestyle=(0, (4, 3)), linewidth=1.3)
-        low, high = min(low, float(band[0].min()), *logs), max(high, float(band[1].max()), *logs)
+        shown = [v for v in (*band[0].tolist(), *band[1].tolist(), *logs) if math.isfinite(v)]
+        low, high = min([low, *shown]), max([high, *shown])
+    low, high = (low, high) if low <= high else (0.0, 0.0)  # no signal at all: every variance is 0
     axes.set_title(
         above
         + (
