@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
 
 import torch
@@ -38,6 +39,12 @@ def check_float_tensor(tensor: object, name: str = "tensor") -> None:
         fail(f"{name} to be a torch.Tensor", type(tensor).__name__, kind=InitPerfTypeError)
     if tensor.dtype not in FLOATS:
         fail(f"{name} to be float32, bfloat16, float16 or float64", tensor.dtype, kind=InitPerfRuntimeError)
+
+
+def check_mapping(value: object, name: str, entries: str) -> None:
+    """None, or a dict."""
+    if value is not None and not isinstance(value, Mapping):
+        fail(f"{name} as a dict, {entries}", type(value).__name__, kind=InitPerfTypeError)
 
 
 def check_mask(mask: object, shape: tuple[int, ...] | torch.Size, name: str = "mask") -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from initperf import rng, schemes
 from initperf.candidates import Candidate, Surroundings, candidates
 from initperf.checkpoint import read_tensors
-from initperf.checks import FLOATS, InitPerfTypeError, check, fail
+from initperf.checks import FLOATS, InitPerfTypeError, check, check_mapping, fail
 from initperf.expectation import disagreement, expected
 from initperf.fit import Facts, facts_of, log_likelihood, rejected, without_clamped, without_zeros
 from initperf.posterior import NUMBER, TRAINED, Case, Fit, most_probable
@@ -91,6 +91,7 @@ def describe(model: nn.Module | Mapping[str, Tensor], expect: Mapping[str, str |
         tensors = {n: t.detach() for n, t in model.items()}
     else:
         fail("a torch.nn.Module or a mapping of names to tensors", type(model).__name__, kind=InitPerfTypeError)
+    check_mapping(expect, "expect", "{glob of names: scheme}")
     for pattern in expect or {}:
         known = ", ".join(list(tensors)[:8]) + (", ..." if len(tensors) > 8 else "")
         check(any(fnmatchcase(n, pattern) for n in tensors), f"expect to match one of {known}", pattern)

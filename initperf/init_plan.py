@@ -150,6 +150,13 @@ def _own(model: nn.Module, tasks: Mapping[int, Task]) -> tuple[dict[int, Init], 
 
 def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str, nn.Module, str] | None) -> None:
     place = task.place
+    if getattr(scheme, "__module__", "") in ("torch.nn.init", "initperf.init", "initperf.dropins"):
+        name = getattr(scheme, "__name__", "")
+        fail(
+            "the scheme as a name, such as 'kaiming_normal', or a function of (name, parameter, module)",
+            f"{name}, which fills a tensor",
+            kind=InitPerfTypeError,
+        )
     choice = scheme(task.name, place.parameter, place.module) if callable(scheme) else scheme
     if isinstance(choice, bool) or not (
         choice is None or isinstance(choice, (str, Init, rng.Distribution, int, float))

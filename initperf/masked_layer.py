@@ -6,6 +6,7 @@ to that), so elementwise optimizers (SGD, Adam and kin) never revive a weight.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -36,6 +37,8 @@ class MaskedLayer(nn.Module):
     weight: Tensor
     weight_mask: Tensor
     _pattern: Pattern
+    _probes: tuple[int, ...]  # positions of pruned weights
+    _seen: tuple[int, int] | None  # the weight when it last obeyed
 
     @classmethod
     def on(cls, dense: nn.Module, mask: Tensor | None = None) -> Self:
@@ -90,7 +93,8 @@ class MaskedLayer(nn.Module):
     def _forget(self) -> None:
         """Drop what makes it a masked layer; the caller sets its class."""
         self._buffers.pop("weight_mask")
-        self.__dict__.pop("_pattern", None)
+        for name in ("_pattern", "_probes", "_seen"):
+            self.__dict__.pop(name, None)
         LAYERS.discard(self)
 
     @torch.no_grad()
@@ -101,12 +105,32 @@ class MaskedLayer(nn.Module):
         if self.weight_mask.dtype != torch.bool:
             self.weight_mask = self.weight_mask.bool()
         self._pattern = self._new_pattern()
+        self._probes = _pruned_places(self.weight_mask)
+        self._mask_weight()
+
+    @torch.no_grad()
+    def _mask_weight(self) -> None:
         weight = self._parameters.get("weight")
         if weight is not None and not weight.is_meta and self._pattern.nnz < weight.numel():
             pruned = ~self.weight_mask
             weight.masked_fill_(pruned, 0)
             if weight.grad is not None:  # from before the mask: a step would revive with it
                 weight.grad.masked_fill_(pruned, 0)
+        self._seen = _state_of(weight)
+
+    def _overwritten(self) -> bool:
+        """Whether the weight was written past the mask (by an init function, copy_, `.data = `), which the dense product would show.
+
+        Told on the CPU (elsewhere it would wait for the device) by three pruned places, which steps of optimizers leave 0.
+        """
+        weight = self._parameters.get("weight")
+        if not self._probes or type(weight) is not nn.Parameter or not weight.is_cpu:
+            return False
+        state = _state_of(weight)
+        if state == self._seen:
+            return False
+        self._seen = state
+        return any(_is_set(weight, place) for place in self._probes)
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask: pruned weights become 0, revived ones start at 0. Optimizer state made before: mask_optimizer_."""
@@ -127,6 +151,8 @@ class MaskedLayer(nn.Module):
     def _fresh_pattern(self) -> Pattern:
         if not self._pattern.is_of(cast(Tensor, self._buffers["weight_mask"])):
             self._obey()
+        elif self._overwritten():
+            self._mask_weight()
         return self._pattern
 
     def reset_parameters(self) -> None:
@@ -148,11 +174,11 @@ class MaskedLayer(nn.Module):
         super().register_parameter(name, param)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_pattern"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pattern", "_probes", "_seen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pattern = self._new_pattern()
+        self._pattern, self._probes, self._seen = self._new_pattern(), _pruned_places(self.weight_mask), None
         LAYERS.add(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -252,3 +278,33 @@ def reset_as_dense(weight: Tensor, bias: Tensor | None) -> None:
         fan_in = weight[0].numel() if len(weight) else 0
         bound = fan_in**-0.5 if fan_in > 0 else 0
         init.uniform_(bias, -bound, bound)
+
+
+def _pruned_places(mask: Tensor) -> tuple[int, ...]:
+    """The first, a middle and the last position that a mask on the CPU prunes; () if it prunes none, or lies elsewhere."""
+    if mask.device.type != "cpu" or type(mask) is not Tensor or not mask.numel():
+        return ()
+    flat = mask.detach().reshape(-1).numpy()
+    half = len(flat) // 2
+    found = (int(flat.argmin()), half + int(flat[half:].argmin()), len(flat) - 1 - int(flat[::-1].argmin()))
+    return tuple(sorted({place for place in found if not flat[place]}))
+
+
+def _state_of(weight: Tensor | None) -> tuple[int, int] | None:
+    """What changes whenever a plain tensor on the CPU is written or gets other memory; None for others."""
+    if type(weight) is not nn.Parameter or not weight.is_cpu:
+        return None
+    return -1 if weight.is_inference() else weight._version, weight.data_ptr()
+
+
+_WORDS: dict[int, Any] = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+
+
+def _is_set(weight: Tensor, place: int) -> bool:
+    """Whether the value at a row-major position is neither 0 nor -0, read from memory: an op of torch takes ten times longer."""
+    offset = 0
+    for size, stride in zip(reversed(weight.shape), reversed(weight.stride()), strict=True):
+        place, at = divmod(place, size)
+        offset += at * stride
+    word = _WORDS[weight.element_size()].from_address(weight.data_ptr() + offset * weight.element_size())
+    return bool(word.value & ((1 << (8 * weight.element_size() - 1)) - 1))

@@ -13,6 +13,7 @@ from initperf import parametrized, rng
 from initperf.checks import (
     InitPerfTypeError,
     check,
+    check_mapping,
     check_seed,
     fail,
 )
@@ -85,6 +86,7 @@ def initialize(
     "xavier_uniform", "trunc_normal", "orthogonal", "gpt2", "timm", "zeros", "ones", "keep", or "normal(0, 0.02)" and the like; or a function of (name, parameter,
     module) that returns such a name, an Init, a Distribution, a number, or None for the class's own. Named schemes mean
     weights of two and more dimensions; biases get 0, norms 1 and 0, embeddings N(0, 1) (gpt2, timm, trunc_normal: std 0.02).
+    A function and its numbers, an Init, a Distribution or a number fills every parameter, biases and norms included.
     rules: {glob of names: scheme}; the last glob that matches a name counts, and one that matches none raises.
     masks: {name: bool tensor}: zeros where False; layers with a mask of their own (MaskedLinear) keep to it. A
     compressed layer (weight_values, weight_mask_bits, weight_shape) gets the survivors of its dense values, alone. rescale:
@@ -96,6 +98,8 @@ def initialize(
     """
     if not isinstance(model, nn.Module):
         fail("model to be a torch.nn.Module", type(model).__name__, kind=InitPerfTypeError)
+    check_mapping(rules, "rules", "{glob of names: scheme}")
+    check_mapping(masks, "masks", "{name: bool tensor}")
     tasks = plan(model, scheme, rules or {})
     if rescale is not None and rescale not in MODES:
         fail(f"rescale to be one of {', '.join(MODES)} or None", rescale)

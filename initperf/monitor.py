@@ -31,7 +31,7 @@ class VarianceMonitor:
     follows / rms of the weight (from at most 2^14 of its values, evenly spaced).
 
     Gradients are those of an unscaled mean loss: they are divided by `scale`, by the samples of the step where
-    `reduction` is "sum", and by the scale of `scaler`, a GradScaler (call step() before scaler.update()). Calls of a layer
+    `reduction` is "sum", and by the scale of `scaler`, a GradScaler. Calls of a layer
     within a step (shared modules, accumulation) are taken together, as one batch; what checkpointing computes again and
     evaluation (the model in eval mode, without gradients) are passed over.
     Outputs are measured before the next layer can overwrite them, gradients 8 MiB at a time; none is kept.
@@ -196,6 +196,7 @@ class VarianceMonitor:
         self._pending_bytes = 0
         self._samples = 0
         self._scale_seen: Tensor | None = None
+        self._scale_version = 0
         self.trace.end()
 
     def _weights(self) -> Iterator[tuple[Key, Tensor]]:
@@ -226,8 +227,16 @@ class VarianceMonitor:
         record.parameter_scales = list(record.scales)
         if self._scale_seen is not None:
             record.scales.append(self._scale_seen)
-            if not _is_unscaled(self.scaler):
+            if not self._is_unscaled():
                 record.parameter_scales.append(self._scale_seen)
+
+    def _is_unscaled(self) -> bool:
+        """Whether parameters' gradients were divided by the scale already: by unscale_, or by the scaler's step before its update."""
+        scaler = self.scaler
+        if scaler is None or (scaler._scale is not None and scaler._scale._version != self._scale_version):
+            return True
+        stages = (state["stage"] for state in scaler._per_optimizer_states.values())
+        return any(stage is not torch.amp.grad_scaler.OptState.READY for stage in stages)
 
     def _take_forward(self, name: str, h: Tensor | None, f: Tensor) -> None:
         found = {(name, FORWARD): f.detach()}
@@ -241,7 +250,7 @@ class VarianceMonitor:
 
     def _take_gradient(self, name: str, what: str, gradient: Tensor) -> None:
         if self.scaler is not None and self._scale_seen is None and self.scaler._scale is not None:
-            self._scale_seen = self.scaler._scale.clone()
+            self._scale_seen, self._scale_version = self.scaler._scale.clone(), self.scaler._scale._version
         if (name, what) in self._pending:
             self._flush()
         self._pending[name, what] = gradient.detach()
@@ -341,12 +350,6 @@ def _first_float(value: Any) -> Tensor | None:
 
 def _has_channels(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm))
-
-
-def _is_unscaled(scaler: torch.amp.GradScaler | None) -> bool:
-    """Whether the optimizer's gradients were divided by the scale already: by unscale_ or by the scaler's step."""
-    states = () if scaler is None else scaler._per_optimizer_states.values()
-    return any(state["stage"] is not torch.amp.grad_scaler.OptState.READY for state in states)
 
 
 def _recomputing() -> bool:

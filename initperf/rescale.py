@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from initperf import ops
 from initperf.checks import fail
+from initperf.layer_trace import tensors_in
 from initperf.stats import moments
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ def _unit_factor(task: Task) -> Tensor:
 
 def reached(model: nn.Module, sample: Any, layers: Mapping[nn.Module, Tensor]) -> set[nn.Module]:
     """Which of `layers` a forward pass of the sample calls. Raises what the model raises on a sample that does not fit."""
+    for tensor in tensors_in(sample):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            fail("a sample of finite numbers", "NaN or infinity in it")
+        if tensor.numel() and not bool(tensor.any()) and tensor.is_floating_point():
+            fail("a sample that says something of the layers' inputs", "one of zeros only")
     return set(_sweep(model, sample, layers, None))
 
 

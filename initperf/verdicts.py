@@ -149,6 +149,10 @@ def check_init(
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         model = model.module
     monitor = VarianceMonitor(model)
+    check(not torch.is_inference_mode_enabled(), "check_init to be called outside torch.inference_mode()", "inside")
+    meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    check(meta is None, "a model with memory (initialize() materializes one)", f"{meta} on the meta device")
+    check(any(p.requires_grad for p in model.parameters()), "a model with a parameter that requires a gradient", "none")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     kept = [(b, b.detach().clone()) for b in model.buffers()]
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -156,6 +160,12 @@ def check_init(
         try:
             output = _call(model, sample_input)
             value = _loss(output, target, loss)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                fail(
+                    "loss to return a tensor of one value",
+                    type(value).__name__ if not isinstance(value, Tensor) else f"shape {tuple(value.shape)}",
+                    kind=InitPerfTypeError,
+                )
             if not value.requires_grad:
                 fail("a loss that depends on a parameter", "one without a gradient", kind=InitPerfRuntimeError)
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)

@@ -383,6 +383,9 @@ REFUSED = {
     ),
     "mask of nothing": (mlp, {"masks": {"9.weight": torch.ones(30, 20, dtype=torch.bool)}}, "9.weight"),
     "unknown rescaling": (mlp, {"rescale": "rows"}, "rows"),
+    "rules as a list": (mlp, {"rules": [("*.bias", "zeros")]}, "as a dict"),
+    "masks as a list": (mlp, {"masks": [torch.ones(30, 20, dtype=torch.bool)]}, "as a dict"),
+    "a function of torch.nn.init": (mlp, {"scheme": nn.init.kaiming_normal_}, "as a name"),
     "measured without sample": (mlp, {"rescale": "measured"}, "sample"),
     "sample without measured": (mlp, {"sample": torch.ones(1, 20)}, "sample"),
     "device for a model with memory": (mlp, {"device": "cpu"}, "meta"),
@@ -518,6 +521,15 @@ def test_measured_rescaling_keeps_the_variance_of_the_pre_activations(own_layers
     for name, mask in masks.items():
         assert ((dict(model.named_parameters())[name] != 0) == mask).all()
     assert all("forward" not in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_measured_refuses_a_sample_that_says_nothing(value):
+    model = mlp()
+    before, masks = copy.deepcopy(model.state_dict()), {"0.weight": torch.rand(model[0].weight.shape) < 0.5}
+    with pytest.raises(InitPerfError, match="sample"):
+        initialize(model, seed=1, masks=masks, rescale="measured", sample=torch.full((3, 20), value))
+    assert same(before, model.state_dict())
 
 
 def test_measured_refuses_a_sample_that_fails_or_misses_a_layer_before_touching_anything():

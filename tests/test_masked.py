@@ -208,6 +208,24 @@ def test_set_mask_prunes_at_once_and_revives_at_zero(layer):
     torch.testing.assert_close(layer(x), layer.to_linear()(x))
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("write", ["normal_", "copy_", "data"])
+def test_a_weight_that_is_written_past_the_mask_is_masked_again(layer, path, write, contiguous):
+    if not contiguous:
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+    x, new = torch.randn(5, 20), torch.randn(30, 20)
+    layer(x)
+    if write == "normal_":
+        nn.init.normal_(layer.weight)
+    elif write == "copy_":
+        layer.weight.detach().copy_(new)
+    else:
+        layer.weight.data = new
+    wanted = nn.functional.linear(x, layer.weight.detach() * layer.weight_mask, layer.bias)
+    torch.testing.assert_close(layer(x), wanted)
+    assert not bits(layer.weight)[~layer.weight_mask].any()
+
+
 def test_edits_of_the_mask_in_place_are_noticed(layer, path):
     x = torch.randn(6, 20)
     layer(x)

@@ -318,8 +318,8 @@ def test_a_scale_that_is_none_is_named(scale):
         VarianceMonitor(mlp(10, 20, 5), scale=scale)
 
 
-@pytest.mark.parametrize("unscale", [False, True])
-def test_a_grad_scalers_scale_is_taken_out(unscale):
+@pytest.mark.parametrize("step", ["before the optimizer's", "after unscale_", "after the optimizer's", "after update"])
+def test_a_grad_scalers_scale_is_taken_out(step):
     model, x = mlp(10, 20, 5), torch.randn(16, 10)
     want = definition(model, x)
     scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
@@ -327,11 +327,16 @@ def test_a_grad_scalers_scale_is_taken_out(unscale):
     with VarianceMonitor(model, scaler=scaler) as monitor:
         optimizer.zero_grad()
         scaler.scale(model(x).square().mean()).backward()
-        if unscale:
+        if step == "after unscale_":
             scaler.unscale_(optimizer)
-        monitor.step()
+        if step in ("after unscale_", "before the optimizer's"):
+            monitor.step()
         scaler.step(optimizer)
+        if step == "after the optimizer's":
+            monitor.step()
         scaler.update()
+        if step == "after update":
+            monitor.step()
     assert_reads(monitor.scalars(), want)
 
 

@@ -357,3 +357,15 @@ def test_every_threshold_has_its_reason():
 def test_misuse_is_named(wrong, message):
     with pytest.raises(InitPerfError, match=message):
         wrong()
+
+
+def test_what_check_init_cannot_work_with_is_named():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(16, 4)
+    with pytest.raises(InitPerfError, match="outside torch.inference_mode"), torch.inference_mode():
+        check_init(model, x)
+    with pytest.raises(InitPerfError, match="a tensor of one value. Got float"):
+        check_init(model, x, loss=lambda output: 1.0)
+    with pytest.raises(InitPerfError, match="0.weight on the meta device"):
+        check_init(nn.Sequential(nn.Linear(4, 3, device="meta")), x)
+    with pytest.raises(InitPerfError, match="requires a gradient"):
+        check_init(model.requires_grad_(False), x)
