@@ -220,7 +220,8 @@ def call_few(
     sizes: B, N, K.
     """
     call = _call(units.shape, sizes, x.dtype, threads() if columns.numel() >= SERIAL else 1)
-    scratch = working_memory(call.workers * call.bytes_each).data_ptr()
+    memory = working_memory(call.workers * call.bytes_each)
+    scratch = memory.data_ptr()
     first = units.data_ptr(), columns.data_ptr(), call.blocking
     if multiplies:
         shared: tuple[Any, ...] = (*first, x.data_ptr(), x.stride(), storage, bias_at, y.data_ptr(), sizes, scratch)
