@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,11 @@ class Evidence:
         weight = _weight(self.layers[name])
         assert weight is not None
         return weight
+
+    def gradient(self, name: str) -> Reading | None:
+        """Of the weight; of its survivors in a compressed layer."""
+        found = (self.readings.get((name, w + GRADIENT)) for w in ("weight", "weight_values"))
+        return next((r for r in found if r is not None), None)
 
     def std_ratio(self, name: str) -> float:
         """Standard deviation of the weight / that which keeps the variance: sqrt(gain^2 / fan_in)."""
@@ -83,7 +88,7 @@ def non_finite(e: Evidence) -> list[Verdict]:
 def symmetric(e: Evidence) -> list[Verdict]:
     found = []
     for name in e.order:
-        weight, gradient = e.weight(name), e.readings.get((name, "weight" + GRADIENT))
+        weight, gradient = e.weight(name), e.gradient(name)
         if len(weight) < 2 or not torch.equal(weight, weight[:1].expand_as(weight)):
             continue
         zero = not weight.any()
@@ -217,12 +222,14 @@ def large_output(e: Evidence) -> list[Verdict]:
 
 def without_gradient(e: Evidence) -> list[Verdict]:
     trained = [n for n in e.order if e.weight(n).requires_grad]
-    seen = any(what == "weight" + GRADIENT for _, what in e.readings)
+    seen = any(e.gradient(n) for n in e.layers)
     found = []
     read = {id(getattr(e.layers[n], "weight", None)) for n, what in e.readings if what == "weight" + GRADIENT}
     for name in e.order if seen else []:
-        r = e.readings.get((name, "weight" + GRADIENT))
-        if r is None and id(e.layers[name].weight) in read:  # tied: its gradient goes by the parameter's first name
+        r = e.gradient(name)
+        if (
+            r is None and id(getattr(e.layers[name], "weight", read)) in read
+        ):  # tied: its gradient goes by the parameter's first name
             continue
         if name not in trained:
             text, remedy = (
@@ -249,6 +256,8 @@ def updates(e: Evidence) -> list[Verdict]:
 
 
 def _weight(layer: nn.Module) -> Tensor | None:
+    if "weight_mask_bits" in layer._buffers:  # compressed
+        layer = cast(Any, layer).to_dense()
     weight: Any = getattr(layer, "weight", None)
     usable = isinstance(weight, Tensor) and weight.dim() > 1 and not isinstance(layer, (nn.Embedding, nn.EmbeddingBag))
     return weight.detach().requires_grad_(weight.requires_grad) if usable else None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from initperf import check_init, initialize
+from initperf import check_init, initialize, sparsify
 from initperf.checks import InitPerfError
 from initperf.faults import Evidence
 from initperf.monitor import VarianceMonitor
@@ -146,6 +146,21 @@ def test_a_frozen_layer_is_named():
     model = deep(nn.ReLU, 3, init=he)
     model[2].weight.requires_grad_(False)
     assert [(v.fault, v.layer) for v in check_init(model, x(BATCH, 128))] == [("frozen", "2")]
+
+
+def test_compressed_layers_are_judged_as_the_masked_ones_they_come_from():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(128, 128), nn.ReLU())), nn.Linear(128, 10))
+    x = torch.randn(64, 128)
+    initialize(model, "kaiming_normal", seed=0)
+    masked = check_init(sparsify(model, density=0.1), x)
+    assert masked.faults == ["variance vanishes"]
+    masks = {f"{i}.weight": model[i].weight_mask for i in range(0, 17, 2)}
+    compressed = check_init(sparsify(model, masks=masks, sparse=True), x)
+    assert [tuple(v) for v in compressed] == [tuple(v) for v in masked]
+    for parameter in model[4].parameters():
+        parameter.requires_grad_(False)
+    assert "frozen" in check_init(model, x).faults
 
 
 def test_a_tied_weight_is_not_called_frozen():
