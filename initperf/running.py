@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,29 @@ class Run:
                 buffer,
             )
             write_atomically(self._checkpoint, buffer.getvalue())
+
+    def row(self, goal: float | None, lr: float | None) -> dict[str, Any]:
+        """What results.csv says of the network. goal: the dense network's least validation loss (None: the own); lr: the loop's own."""
+        best = min(self.points, key=lambda p: math.inf if math.isnan(p["val_loss"]) else p["val_loss"])
+        goal = best["val_loss"] if goal is None else goal
+        reached = (p["iteration"] for p in self.points if p["val_loss"] <= goal)
+        return {
+            "trial": self.trial,
+            "level": self.level,
+            "kind": self.kind,
+            "density": self.density,
+            "iterations": self.points[-1]["iteration"],
+            "early_stop_iteration": best["iteration"],
+            "early_stop_val_loss": best["val_loss"],
+            "early_stop_test_accuracy": best["test_accuracy"],
+            "final_test_accuracy": self.points[-1]["test_accuracy"],
+            "iterations_to_dense_best": next(reached, None),
+            "seed": self.seed,
+            "train_seconds": round(self.seconds, 3),
+            "repeat": self.repeat,
+            "lr": lr if self.lr is None else self.lr,
+            "layers": self.layers,
+        }
 
     @property
     def seconds(self) -> float:

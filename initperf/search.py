@@ -6,25 +6,22 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from initperf import __version__, ops, prune, rng
 from initperf.checks import InitPerfTypeError, check, check_seed, fail
 from initperf.criteria import CRITERIA, masks_by, movement
-from initperf.files import FileLock, write_atomically
-from initperf.init import initialize
+from initperf.files import FileLock
 from initperf.prunable import density, full_masks, prunable, take_signs
 from initperf.runfolder import KINDS, Network, RunFolder
 from initperf.running import Run, derive_seed
 from initperf.saliency import SCORES, Loss, Score, prune_at_start
-from initperf.schemes import Init
-from initperf.ticket import Ticket, canonical, dense_parameters, mask_layers
+from initperf.starts import Starts
+from initperf.ticket import Ticket, dense_parameters, mask_layers
 
 POLL_SECONDS = 0.05
 SPARSE_BELOW = 0.4  # density from which compressed layers pay on every machine measured (initperf/choice.py)
@@ -103,15 +100,16 @@ class TicketSearch:
         check(0 <= sparse <= 1, "sparse to be True, False or a density", sparse)
         self.make_model, self.make_small, self.init = make_model, make_small, init
         self.rounds, self.scope, self.rewind_to, self.trials = rounds, scope, rewind_to, trials
-        self.criterion, self.batches, self.loss = criterion, batches, loss
+        self.criterion, self.batches, self.loss = criterion, list(batches), loss
         self.seed, self.reinits, self.sparse = check_seed(seed), reinits, sparse
         self.controls = tuple(sorted(set(controls), key=KINDS.index))
         self.config, self.recipe = dict(config or {}), dict(recipe or {})
         self.learning_rates = sorted({float(rate) for rate in learning_rates} - {self.config.get("lr")})
         self.checkpoint_seconds = checkpoint_seconds
-        self.fractions = self._check_model(fractions)
-        self.keep = self._check_keep(keep)
-        self.folder = RunFolder(out)
+        starts: dict[str, Any] = {"seed": self.seed, "rewind_to": rewind_to, "keep": keep, "sparse": bool(sparse)}
+        self.starts = Starts(make_model, init, fractions, **starts)
+        self.fractions = self.starts.fractions
+        self.folder = self.starts.folder = RunFolder(out)
         self.folder.claim_config(self._config())
 
     def networks(self) -> list[Network]:
@@ -167,7 +165,7 @@ class TicketSearch:
         """Initialize, rewind and mask the model of `network`."""
         trial, level, kind, repeat, _ = network
         masks = Ticket.load(self.folder.ticket(trial, level)).masks if level else {}
-        first = derive_seed(self.seed, trial, "init")
+        first = self.starts.seed_of(trial)
         fresh = derive_seed(self.seed, trial, level, kind, repeat)
         if kind == "small-dense":
             run = self._small(network, masks, fresh)
@@ -175,9 +173,9 @@ class TicketSearch:
             if kind in ("shuffle", "random"):
                 masks = prune.shuffle(masks, fresh)
             keeps = kind in ("ticket", "shuffle")
-            model = self._at_start(trial, level)[0] if keeps else self._fresh(self.make_model, fresh)[0]
+            model = self.starts.at(trial, level)[0] if keeps else self.starts.fresh(self.make_model, fresh)[0]
             if kind == "sign-reinit":
-                take_signs(model, self._at_start(trial, level)[0], masks)
+                take_signs(model, self.starts.at(trial, level)[0], masks)
             part = density(model, masks)
             if masks:
                 mask_layers(model, masks, sparse=self._compressed(part))
@@ -186,10 +184,10 @@ class TicketSearch:
         return run
 
     def _small(self, network: Network, masks: dict[str, Tensor], seed: int) -> Run:
-        total = sum(w.numel() for w in prunable(self._at_start(network.trial, network.level)[0]).values())
+        total = sum(w.numel() for w in prunable(self.starts.at(network.trial, network.level)[0]).values())
         make, survivors = self.make_small, total - sum(int((~m).sum()) for m in masks.values())
         check(make is not None, 'make_small for the control "small-dense"', None)
-        model, _ = self._fresh(lambda: make(survivors), seed)  # type: ignore[misc]
+        model, _ = self.starts.fresh(lambda: make(survivors), seed)  # type: ignore[misc]
         weights = sum(w.numel() for w in prunable(model).values())
         return self._run(network, model, {}, weights / total, seed)
 
@@ -221,28 +219,6 @@ class TicketSearch:
         """How a pruned network of this density is stored: "masked" or "sparse"."""
         return "sparse" if self._compressed(density) else "masked"
 
-    def _fresh(self, make: Callable[[], nn.Module], seed: int) -> tuple[nn.Module, Mapping[str, Init] | None]:
-        """A model of `make` initialized from `seed`, and how, where initialize told."""
-        torch.manual_seed(seed)
-        model = make()
-        check(isinstance(model, nn.Module), "make_model() to return a torch.nn.Module", type(model).__name__)
-        told = self.init(model, seed) if callable(self.init) else initialize(model, self.init, seed=seed)
-        return model, told if isinstance(told, Mapping) and getattr(told, "seed", None) == seed else None
-
-    def _at_start(self, trial: int, level: int) -> tuple[nn.Module, Mapping[str, Init] | None]:
-        """The unpruned model as the tickets of this level start: initialized, or rewound to iteration `rewind_to`; then what is kept."""
-        model, inits = self._fresh(self.make_model, derive_seed(self.seed, trial, "init"))
-        if level and self.rewind_to:
-            path = self.folder.rewind_point(trial)
-            check(
-                path.exists(), f"run.step({self.rewind_to}) to be called while the dense network trains", "no such call"
-            )
-            model.load_state_dict(safetensors.load_file(path))
-            inits = None
-        if level and self.keep:
-            model.load_state_dict(safetensors.load_file(self.folder.kept(trial, level)), strict=False)
-        return model, inits
-
     def _finish(self, run: Run, calls: Counter[tuple[str, str]]) -> None:
         """Prune for the next level, and keep the results."""
         check(len(run.points) > 0, f"run.log(iteration, val_loss=...) to be called for {run}", "no call")
@@ -255,19 +231,21 @@ class TicketSearch:
         used: dict[str, dict[str, int]] = {}
         for (op, backend), count in (Counter(ops.CALLS) - calls).items():
             used.setdefault(op, {})[backend] = count
-        record = {"row": self._row(run), "points": run.points, "movement": moved, "ops": used}
+        record = {
+            "row": run.row(self._goal(run), self.config.get("lr")),
+            "points": run.points,
+            "movement": moved,
+            "ops": used,
+        }
         self.folder.finish(run.network, record, self.networks())
         run.done = True
 
     def _prune(self, run: Run) -> list[dict[str, Any]]:
         """Write the ticket of the next level; returns how the weights of each layer moved."""
-        final, initial = self._chosen(run.model), self._chosen(self._at_start(run.trial, run.level)[0])
+        final, initial = self.starts.pruned(run.model), self.starts.pruned(self.starts.at(run.trial, run.level)[0])
         seed = derive_seed(self.seed, run.trial, run.level, "prune")
         masks = self._masks(run, final, initial, seed)
-        if self.keep:
-            state = run.model.state_dict()
-            kept = {n: state[n].detach().cpu().contiguous() for n in self.keep}
-            write_atomically(self.folder.kept(run.trial, run.level + 1), safetensors.save(kept))
+        self.starts.keep_state(run.model, run.trial, run.level + 1)
         self._write_ticket(run.trial, run.level + 1, {n: m.cpu() for n, m in masks.items()})
         return [
             {"parameter": n, "survivors": int(m.sum()), "weights": m.numel()}
@@ -278,15 +256,15 @@ class TicketSearch:
     def _masks(self, run: Run, final: dict[str, Tensor], initial: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         """The masks of the next level."""
         if callable(self.criterion) or self.criterion in SCORES:
-            model, _ = self._at_start(run.trial, 0)
+            model, _ = self.starts.at(run.trial, 0)
             given: dict[str, Any] = {"batches": self.batches, "loss": self.loss, "scope": self.scope}
             return prune_at_start(self.criterion, model, self.fractions, rounds=run.level + 1, **given)
         masks = run.masks or None
         return masks_by(self.criterion, final, initial, self.fractions, masks=masks, scope=self.scope, seed=seed)
 
     def _write_ticket(self, trial: int, level: int, masks: dict[str, Tensor]) -> None:
-        model, inits = self._at_start(trial, level)
-        later = level > 0 and (self.rewind_to > 0 or len(self.keep) > 0)  # no longer what a fresh model has
+        model, inits = self.starts.at(trial, level)
+        later = self.starts.differ(level)
         ticket = Ticket.from_model(
             model,
             masks=masks,
@@ -300,71 +278,21 @@ class TicketSearch:
     def _ticket_recipe(self, trial: int, level: int) -> dict[str, Any]:
         return {**self.recipe, "trial": trial, "level": level, "rewind_to": self.rewind_to}
 
-    def _row(self, run: Run) -> dict[str, Any]:
-        """What results.csv says of a network."""
-        best = min(run.points, key=lambda p: math.inf if math.isnan(p["val_loss"]) else p["val_loss"])
+    def _goal(self, run: Run) -> float | None:
+        """The dense network's least validation loss, at the search's own learning rate; None where `run` is that network."""
         if run.level == 0 and run.lr is None:
-            goal = best["val_loss"]
-        else:
-            dense = self.folder.record(Network(run.trial, 0, "ticket"))
-            goal = dense["row"]["early_stop_val_loss"] if dense else math.nan
-        reached = (p["iteration"] for p in run.points if p["val_loss"] <= goal)
-        return {
-            "trial": run.trial,
-            "level": run.level,
-            "kind": run.kind,
-            "density": run.density,
-            "iterations": run.points[-1]["iteration"],
-            "early_stop_iteration": best["iteration"],
-            "early_stop_val_loss": best["val_loss"],
-            "early_stop_test_accuracy": best["test_accuracy"],
-            "final_test_accuracy": run.points[-1]["test_accuracy"],
-            "iterations_to_dense_best": next(reached, None),
-            "seed": run.seed,
-            "train_seconds": round(run.seconds, 3),
-            "repeat": run.repeat,
-            "lr": self.config.get("lr") if run.lr is None else run.lr,
-            "layers": run.layers,
-        }
+            return None
+        dense = self.folder.record(Network(run.trial, 0, "ticket"))
+        return dense["row"]["early_stop_val_loss"] if dense else math.nan
 
     def kinds_of_layers(self, trial: int, level: int) -> tuple[dict[str, nn.Module], float]:
         """For timing: the network of a finished level as {"dense", "masked", "sparse"} (level 0: nothing pruned), and its density."""
         masks = Ticket.load(self.folder.ticket(trial, level)).masks
-        models = {kind: self._at_start(trial, level)[0] for kind in ("dense", "masked", "sparse")}
+        models = {kind: self.starts.at(trial, level)[0] for kind in ("dense", "masked", "sparse")}
         part = density(models["dense"], masks)
         for kind in ("masked", "sparse"):
-            mask_layers(models[kind], masks or full_masks(self._chosen(models[kind])), sparse=kind == "sparse")
+            mask_layers(models[kind], masks or full_masks(self.starts.pruned(models[kind])), sparse=kind == "sparse")
         return models, part
-
-    def _chosen(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights that `fractions` names."""
-        weights = prunable(model)
-        return {name: weights[name] for name in prune.fractions_by_name(list(weights), self.fractions)}
-
-    def _check_model(self, fractions: prune.Fraction) -> dict[str, float]:
-        """The fractions by glob; raises unless `make_model` makes a model with weights that they name, and `init` fits it."""
-        with torch.random.fork_rng(devices=[]):
-            model, _ = self._fresh(self.make_model, 0)
-        weights = prunable(model)
-        check(
-            len(weights) > 0, "a model with nn.Linear layers or nn.Conv2d (others are not pruned)", type(model).__name__
-        )
-        chosen = prune.fractions_by_name(list(weights), fractions)
-        every = full_masks({name: weights[name] for name in chosen})
-        mask_layers(model, every, sparse=bool(self.sparse))  # fits, before training
-        return dict(fractions) if isinstance(fractions, Mapping) else {"*": fractions}
-
-    def _check_keep(self, keep: Sequence[str]) -> list[str]:
-        """The names in the model's state_dict that `keep` matches; raises if a glob matches none, or a weight that is pruned."""
-        with torch.random.fork_rng(devices=[]):
-            model, _ = self._fresh(self.make_model, 0)
-        names, pruned = list(model.state_dict()), self._chosen(model)
-        for glob in keep:
-            found = [n for n in names if fnmatchcase(n, glob)]
-            check(len(found) > 0, f"{glob!r} in keep to match one of {', '.join(names)}", "no match")
-            wrong = [n for n in found if canonical(n) in pruned]
-            check(not wrong, "keep to leave out weights that are pruned", ", ".join(wrong))
-        return [n for n in names if any(fnmatchcase(n, glob) for glob in keep)]
 
     def _config(self) -> dict[str, Any]:
         """What must be equal for the same results."""
@@ -375,7 +303,7 @@ class TicketSearch:
             "scope": self.scope,
             "criterion": _name(self.criterion),
             "rewind_to": self.rewind_to,
-            "keep": self.keep,
+            "keep": self.starts.keep,
             "learning_rates": self.learning_rates,
             "controls": list(self.controls),
             "reinits": self.reinits,

@@ -102,6 +102,32 @@ def test_the_same_command_again_trains_nothing(finished, call):
     assert len(before) == 3
 
 
+def test_every_control_and_any_number_of_the_recipe_can_be_asked_for(call, tmp_path):
+    given = [
+        "--rounds",
+        "1",
+        "--trials",
+        "1",
+        "--iterations",
+        "4",
+        "--workers",
+        "1",
+        "--set",
+        "evaluate_every=2",
+        "--set",
+        "hidden=20,10",
+    ]
+    code, out, err = call("ticket", *given, "--controls", "all", "--control-lrs", "6e-4", "--out", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert "UCI optical digits" in out
+    assert "Less than the recipe: rounds 1 of 3, iterations 4 of 600, trials 1 of 5" in out
+    assert "trained on compressed layers" in out
+    found = results_of(tmp_path / "run")
+    assert {r["kind"] for r in found} == {"ticket", "reinit", "sign-reinit", "shuffle", "random", "small-dense"}
+    assert len(found) == 2 * (1 + 6)
+    assert json.loads((tmp_path / "run/config.json").read_text())["hidden"] == [20, 10]
+
+
 def test_other_settings_in_the_same_folder_are_refused(finished, refused):
     before = results_of(finished)
     assert "iterations" in refused("ticket", *TINY, "--iterations", 50, "--out", finished)
@@ -169,6 +195,13 @@ def test_wrong_usage_of_ticket_is_one_line_and_leaves_nothing(arguments, refused
         (("--data", "mnist", "--data-dir", "."), "train-images-idx3-ubyte"),
         (("--lr", "inf"), "lr"),
         (("--lr", "0"), "lr"),
+        (("--control-lrs", "1e-3,fast"), "learning_rates"),
+        (("--control-lrs", "0"), "learning_rates"),
+        (("--set", "wamup=3"), "warmup"),
+        (("--set", "warmup"), "NAME=VALUE"),
+        (("--data-dir", "nowhere"), "nowhere"),
+        (("--recipe", "conv2"), "CIFAR-10"),
+        (("--recipe", "conv2", "--data", "mnist"), "a recipe for mnist"),
     ],
 )
 def test_a_wrong_value_for_ticket_is_one_line_and_leaves_nothing(arguments, expected, refused, tmp_path, monkeypatch):
