@@ -108,8 +108,8 @@ class Bars:
         """What compressed layers saved; a loss is a negative saving, and said as it is."""
         last = event["rows"][-1]
         self.console.print(
-            f"{event['trained']} networks below density {event['below']:g} trained on compressed layers in {event['seconds']:,.0f} s, "
-            f"by the steps timed {event['saved_to_dense']:,.0f} s less than dense, {event['saved_to_masked']:,.0f} s less than "
+            f"{event['trained']} networks below density {event['below']:g} trained on compressed layers in {event['seconds']:,.1f} s, "
+            f"by the steps timed {event['saved_to_dense']:,.1f} s less than dense, {event['saved_to_masked']:,.1f} s less than "
             f"masked; at {percent(last['density'])} a step takes {last['sparse_ms']:.3g} ms, dense {last['dense_ms']:.3g}, "
             f"masked {last['masked_ms']:.3g}.",
             markup=False,

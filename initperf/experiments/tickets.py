@@ -24,7 +24,7 @@ from initperf import choice
 from initperf.checks import check
 from initperf.experiments import data as sets
 from initperf.experiments.recipes import DEFAULT, Recipe, find
-from initperf.experiments.training import measure_steps, train
+from initperf.experiments.training import keep_freed_memory, measure_steps, train
 from initperf.files import write_atomically
 from initperf.runfolder import STEPS, write_csv
 from initperf.search import TicketSearch
@@ -149,6 +149,8 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _work(search: TicketSearch, images: sets.DataSet, recipe: Recipe, reporter: _Reporter | None) -> None:
+    if recipe.channels:
+        keep_freed_memory()
     for run in search:
         if reporter:
             reporter.network()
