@@ -117,8 +117,11 @@ def _grad_input(dy, weight, survivors, pattern, shape, size, stride, padding, di
 
 
 def _grad_weight(dy, x, survivors, pattern, shape, stride, padding, dilation, groups):
-    args = (dy, x, survivors, pattern, shape, stride, padding, dilation, groups)
-    return _run("masked_conv2d_grad_weight", len(dy), dy.shape[2:], pattern, shape, stride, *args)
+    name, geometry = "masked_conv2d_grad_weight", (stride, padding, dilation, groups)
+    if _is_dense(name, len(dy), dy.shape[2:], pattern, shape, stride, dy):
+        ops.CALLS[name, _DENSE[dy.device.type]] += 1
+        return _stored(reference.dense_grad_weight(dy, x, shape, *geometry), survivors)
+    return ops.implementation(name, dy.device.type)(dy, x, survivors, pattern, shape, *geometry)
 
 
 _GEOMETRY = "SymInt[] shape, int[] stride, int[] padding, int[] dilation, int groups"
@@ -168,7 +171,16 @@ def _dense_backward(dy, x, weight, survivors, shape, geometry, premasked, needs_
     dx, dw, db = torch.ops.aten.convolution_backward(dy, x, dense, [shape[0]] if needs_bias else None, *rest)
     for name in ("masked_conv2d_grad_input", "masked_conv2d_grad_weight"):
         ops.CALLS[name, _DENSE[dy.device.type]] += 1
-    return dx, reference.stored(dw, survivors), db
+    return dx, _stored(dw, survivors), db
+
+
+def _stored(dw: Tensor, survivors: Tensor) -> Tensor:
+    """reference.stored; a mask on the CPU by our kernel."""
+    if survivors.dtype != torch.bool or not dw.is_cpu or not dw.is_contiguous():
+        return reference.stored(dw, survivors)
+    from initperf.kernels.cpu.masked_matmul import mask_in_place
+
+    return mask_in_place(dw, survivors)
 
 
 class _Conv2d(torch.autograd.Function):

@@ -68,10 +68,16 @@ def masked_conv2d_grad_weight(
     groups: int,
 ) -> Tensor:
     """The gradient of the weight as it is stored: dense and exactly zero where pruned, or (nnz, 1)."""
+    return stored(dense_grad_weight(dy, x, shape, stride, padding, dilation, groups), survivors)
+
+
+def dense_grad_weight(
+    dy: Tensor, x: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
+) -> Tensor:
+    """The gradient of a weight of which nothing is pruned."""
     dense = x.new_empty(1).expand(*shape)
     geometry = (list(stride), list(padding), list(dilation), False, [0, 0], groups)
-    dw = torch.ops.aten.convolution_backward(dy, x, dense, None, *geometry, [False, True, False])[1]
-    return stored(dw, survivors)
+    return torch.ops.aten.convolution_backward(dy, x, dense, None, *geometry, [False, True, False])[1]
 
 
 def dense_weight(weight: Tensor, survivors: Tensor, shape: Ints, premasked: bool) -> Tensor:

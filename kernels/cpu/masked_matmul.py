@@ -41,6 +41,11 @@ def dense_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]
     if not out.numel():
         return out
     torch.mm(dy.t(), x, out=out)
+    return mask_in_place(out, mask)
+
+
+def mask_in_place(out: Tensor, mask: Tensor) -> Tensor:
+    """A contiguous tensor with 0 where the mask, of the same shape, is False; masked_fill_ takes tens of times longer."""
     if not mask.is_contiguous():
         return out.masked_fill_(~mask, 0)
     words, survives = out.view(-1).view(_WORDS[out.element_size()]).numpy(), mask.view(-1).view(torch.uint8).numpy()
