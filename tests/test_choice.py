@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from initperf import choice
+from initperf import MaskedLinear, SparseLinear, choice
 
 MIDDLE = 1 << 18
 
@@ -22,9 +22,13 @@ def table(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "table_path", lambda threads: path)
     choice.forget()
 
-    def write(density):
-        rows = [[density(r, w) for w in choice.WEIGHTS] for r in choice.ROWS]
-        content = {f"{kind}/{size}": rows for kind in choice.KINDS for size in (4, 2)}
+    def write(density, narrow=1.0):
+        """density(rows, weights) of four bytes; those of two are `narrow` times as large."""
+        content = {
+            f"{kind}/{size}": [[factor * density(r, w) for w in choice.WEIGHTS] for r in choice.ROWS]
+            for kind in choice.KINDS
+            for size, factor in ((4, 1.0), (2, narrow))
+        }
         path.write_text(json.dumps({"table": content}))
         choice.forget()
 
@@ -52,6 +56,10 @@ def test_rows_weights_and_dtype_of_the_call_choose_the_entry(table):
     assert not pays(0.4, rows=1)
     assert not pays(0.4, weights=1 << 10)
     assert pays(0.4, rows=100_000, weights=1 << 28), "beyond the table its last entry counts"
+    table(lambda rows, weights: 0.5, narrow=0.5)
+    for dtype, limit in ((torch.float32, 0.5), (torch.float64, 0.5), (torch.bfloat16, 0.25), (torch.float16, 0.25)):
+        assert pays(limit - 0.01, dtype=dtype)
+        assert not pays(limit + 0.01, dtype=dtype)
 
 
 @given(rows=st.integers(0, 10_000), weights=st.integers(1, 1 << 30))
@@ -135,3 +143,24 @@ def test_break_even_is_where_a_line_through_two_measured_times_meets_the_dense_t
     monkeypatch.setattr(calibrate, "interleaved", lambda calls: [times[calls[0]()], times[calls[1]()], 6.0])
     for _, density in calibrate._break_evens([Layer(0.1), Layer(0.3)], 4):
         assert density == pytest.approx((6.0 * calibrate.MARGIN - 2) / 10)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_every_product_of_a_layer_asks_by_the_batchs_rows_and_the_masks_survivors(compressed, monkeypatch):
+    pytest.importorskip("numba")
+    asked, counts = [], []
+
+    def answer(kind, rows, shape, nnz, dtype, device, **_):
+        asked.append((kind, rows, tuple(shape), dtype, device))
+        counts.append(nnz)
+        return True
+
+    for module in ("masked_ops", "sparse_ops"):
+        monkeypatch.setattr(f"initperf.{module}.sparse_pays", answer)
+    mask = torch.rand(30, 20, generator=torch.Generator().manual_seed(0)) < 0.3
+    layer = (SparseLinear if compressed else MaskedLinear)(20, 30, mask=mask)
+    layer(torch.randn(7, 20, requires_grad=True)).sum().backward()
+    kinds = choice.KINDS[3:] if compressed else choice.KINDS[:3]
+    assert asked == [(kind, 7, (30, 20), torch.float32, "cpu") for kind in kinds]
+    survivors = int(mask.sum())
+    assert all(survivors <= n <= survivors + 30 for n in counts)  # rows of the index are padded to even lengths

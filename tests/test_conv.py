@@ -8,6 +8,7 @@ import pytest
 import torch
 from tolerance import assert_close_to_exact, bits
 from torch import nn
+from torch.nn.utils import parametrize
 
 from initperf import MaskedConv2d, SparseConv2d, check_masks, densify, ops, sparsify
 from initperf.checks import InitPerfError
@@ -22,8 +23,10 @@ ARGUMENTS = {
     "more padding than reach": {"padding": 4},
     "uneven padding": {"padding": (0, 2)},
     "same": {"padding": "same", "kernel_size": (2, 4)},
+    "same, one side even": {"padding": "same", "kernel_size": (3, 4)},
     "valid": {"padding": "valid"},
     "stride 2": {"stride": 2, "padding": 1},
+    "stride 2 down": {"stride": (2, 1), "padding": 1},
     "stride 3": {"stride": (2, 3)},
     "dilation": {"dilation": (2, 1), "padding": 2},
     "groups": {"groups": 2, "padding": 1},
@@ -252,6 +255,22 @@ def test_vmap_and_grad_of_torch_func(kind):
     layer = layer_of(kind, padding=1)
     x = torch.randn(3, 2, 6, 8, 8)
     torch.testing.assert_close(torch.func.vmap(layer)(x), torch.stack([layer(part) for part in x]))
+    twin, mask = layer.to_conv(), layer.weight_mask
+    free = {n: torch.randn_like(p) for n, p in twin.named_parameters()}
+    dense = free | {"weight": free["weight"] * mask}
+    own = {"bias": free["bias"], "weight": free["weight"]}
+    if kind is SparseConv2d:
+        own = {"bias": free["bias"], "weight_values": layer.compress(free["weight"])}
+
+    def loss(module):
+        return lambda weights: torch.func.functional_call(module, weights, x[0]).square().sum()
+
+    mine, theirs = torch.func.grad(loss(layer))(own), torch.func.grad(loss(twin))(dense)
+    torch.testing.assert_close(mine["bias"], theirs["bias"])
+    torch.testing.assert_close(mine[next(n for n in own if n != "bias")], stored(layer, theirs["weight"]))
+    stacked = {n: torch.stack([p, 2 * p]) for n, p in own.items()}
+    both = torch.vmap(lambda weights: loss(layer)(weights))(stacked)
+    torch.testing.assert_close(both[0], loss(twin)(dense))
 
 
 def test_the_ops_pass_opcheck(kind):
@@ -400,3 +419,52 @@ def test_the_choice_needs_density_lanes_and_a_kernel_that_can():
     assert not pays(dtype=torch.float64)
     assert not pays(device="cuda")
     assert not pays(kind="masked_conv2d_grad_input", stride=(2, 2))
+
+
+class Copied(nn.Module):
+    """A parametrization whose result is not the Parameter itself."""
+
+    def forward(self, weight):
+        return weight.clone()
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_a_weight_that_is_not_the_layers_own_parameter_is_masked_in_values_and_gradients(path, parametrized):
+    layer, x, free = layer_of(MaskedConv2d, padding=1), torch.randn(16, 6, 8, 8), torch.randn(10, 6, 3, 3)
+    image, weight = x.clone().requires_grad_(), free.clone().requires_grad_()
+    y = nn.functional.conv2d(image, weight * layer.weight_mask, layer.bias, padding=1)
+    y.square().sum().backward()
+    own = x.clone().requires_grad_()
+    if parametrized:
+        parametrize.register_parametrization(layer, "weight", Copied())
+        with torch.no_grad():
+            layer.parametrizations.weight.original.copy_(free)
+        free, got = layer.parametrizations.weight.original, layer(own)
+    else:
+        got = torch.func.functional_call(layer, {"weight": free.requires_grad_()}, (own,))
+    got.square().sum().backward()
+    for ours, theirs in ((got, y), (own.grad, image.grad), (free.grad, weight.grad)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_a_second_derivative_along_pruned_weights_is_zero(path):
+    layer = layer_of(MaskedConv2d, padding=1)
+    x, along = torch.randn(16, 6, 8, 8, requires_grad=True), torch.randn(10, 6, 3, 3)
+    found = []
+    for direction in (along, along * layer.weight_mask):
+        (dw,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
+        found.append(torch.autograd.grad((dw * direction).sum(), (x, layer.weight)))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_seed_gives_survivors_the_values_they_have_in_the_dense_layer():
+    layers = []
+    for kind in (MaskedConv2d, SparseConv2d):
+        layer = layer_of(kind)
+        torch.manual_seed(5)
+        layer.reset_parameters()
+        layers.append(layer.to_conv())
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    assert torch.equal(layers[0].bias, layers[1].bias)
+    assert layers[0].weight.abs().max() <= (6 * 9) ** -0.5

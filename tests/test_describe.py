@@ -10,9 +10,12 @@ from scipy import stats as scipy_stats
 from torch import nn
 from torch.nn import init as torch_init
 
+from initperf import init as initperf_init
+from initperf.candidates import Candidate
 from initperf.checks import InitPerfError
 from initperf.fit import distance
 from initperf.init import Init, describe, describe_file, initialize
+from initperf.posterior import Case, Fit, most_probable
 
 SCHEMES = {
     "kaiming_normal": torch_init.kaiming_normal_,
@@ -319,3 +322,48 @@ def test_the_distance_is_kolmogorovs_and_smirnovs():
         (Init("trunc_normal", (0.0, 1.0, -2.0, 2.0)), scipy_stats.truncnorm(-2, 2).cdf),
     ):
         assert distance(init, values) == pytest.approx(scipy_stats.kstest(values, cdf).statistic * math.sqrt(500))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mode"),
+    [(s, m) for s in ("lecun_normal", "kaiming_normal") for m in ("", ", fan_out")] + [("xavier_normal", "")],
+)
+def test_normals_cut_at_two_std_are_named_by_the_variance_that_they_keep(scheme, mode):
+    """As JAX and Keras make them: their std is that of the scheme, once it is cut."""
+    rows, columns = 400, 300
+    fan = {"": columns, ", fan_out": rows}[mode]
+    kept = {"lecun_normal": 1 / fan, "kaiming_normal": 2 / fan, "xavier_normal": 2 / (rows + columns)}[scheme]
+    std = math.sqrt(kept) / 0.8796256610342398
+    tensor = initperf_init.trunc_normal_(torch.empty(rows, columns), 0.0, std, -2 * std, 2 * std, seed=1)
+    assert tensor.var().item() == pytest.approx(kept, rel=6 * math.sqrt(2 / tensor.numel()))
+    assert labels(describe({"w": tensor})) == {"w": f"{scheme}{mode}, cut at 2 std"}
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, "4 gates"), (nn.GRU, "3 gates"), (nn.RNN, "no gates")])
+def test_recurrent_weights_without_their_module_are_known_by_their_gates(kind, gates):
+    torch.manual_seed(0)
+    found = labels(describe(kind(70, 110).state_dict()))
+    assert set(found.values()) == {f"torch default (1/sqrt hidden, {gates})"}
+
+
+def test_a_scale_of_no_known_scheme_counts_as_training_where_most_of_the_model_is_trained():
+    torch.manual_seed(0)
+    odd = torch.randn(300, 200) * 0.0317
+    signs = torch.outer(torch.sign(torch.randn(400)), torch.sign(torch.randn(300)))
+    trained = {f"{i}": torch_init.kaiming_normal_(torch.empty(400, 300)) + 0.012 * signs for i in range(2)}
+    untouched = {f"u{i}": torch_init.kaiming_normal_(torch.empty(400, 300)) for i in range(4)}
+    few, most = describe({"odd": odd, **trained, **untouched}), describe({"odd": odd, **trained})
+    assert few.findings[0].scheme.endswith("of no known scheme")
+    assert (most.findings[0].scheme, most.findings[0].init) == ("trained, unknown", None)
+    assert "most of the model is trained" in most.findings[0].evidence
+
+
+def test_of_two_schemes_that_fit_equally_the_one_that_explains_the_rest_of_the_model_is_named():
+    def case(name, *schemes):
+        fits = [Fit(Candidate(scheme, Init("normal", (0.0, 1.0))), 0.0) for scheme in schemes]
+        return Case(name, (10, 10), fits, -50.0)
+
+    either = case("either", "rare", "common")
+    assert most_probable([either], 0)[0] == ["rare", "common"]
+    others = [case(name, "common") for name in "abcdefgh"]
+    assert most_probable([either, *others], 0)[0] == ["common", "rare"]

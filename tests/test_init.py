@@ -1,6 +1,7 @@
 """initperf.init against torch.nn.init: names, signatures, results, warnings, errors; and the contract: value = f(seed, stream, index)."""
 
 import inspect
+import itertools
 import math
 import threading
 import warnings
@@ -320,6 +321,16 @@ def test_a_shard_equals_the_slice_of_the_whole(data):
     part = torch.empty(size, dtype=dtype)
     assert init.sample_shard_into(part, distribution, shape, start, seed=5, stream=9) is part
     assert torch.equal(bits(part), bits(whole[tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))]))
+
+
+def test_every_block_of_a_small_tensor_is_a_shard():
+    shape = (2, 3, 4)
+    whole = init.sample_into(torch.empty(shape), rng.normal(0.0, 1.0), seed=1)
+    cuts = [[slice(a, b) for a in range(n) for b in range(a + 1, n + 1)] for n in shape]
+    for block in itertools.product(*cuts):
+        part = torch.empty(whole[block].shape)
+        init.sample_shard_into(part, rng.normal(0.0, 1.0), shape, [s.start for s in block], seed=1)
+        assert torch.equal(bits(part), bits(whole[block])), block
 
 
 def test_rows_and_columns_of_a_large_matrix_are_shards():

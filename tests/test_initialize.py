@@ -1,10 +1,12 @@
 """initialize: torch's own distributions by class, named schemes, rules, masks and rescaling, meta models, shards; checked before anything is touched."""
 
+import contextlib
 import copy
 import inspect
 import math
 
 import numpy as np
+import processes
 import pytest
 import torch
 from scipy import stats as scipy_stats
@@ -850,3 +852,126 @@ def test_a_scheme_may_be_written_as_a_function_and_its_numbers():
 def test_rescale_without_any_mask_is_an_error(rescale):
     with pytest.raises(ValueError, match="masks for rescale"):
         initialize(nn.Linear(4, 3), "kaiming_normal", seed=0, rescale=rescale)
+
+
+def test_embeddings_start_as_the_scheme_says_or_as_torch_does():
+    for scheme, expected in (
+        ("gpt2", Init("normal", (0.0, 0.02))),
+        ("timm", Init("trunc_normal", (0.0, 0.02, -2.0, 2.0))),
+        ("trunc_normal", Init("trunc_normal", (0.0, 0.02, -2.0, 2.0))),
+        ("kaiming_normal", Init("normal", (0.0, 1.0))),
+    ):
+        for kind in (nn.Embedding, nn.EmbeddingBag):
+            assert initialize(nn.Sequential(kind(9, 8)), scheme, seed=1)["0.weight"] == expected
+
+
+@pytest.mark.parametrize("scheme", ["kaiming_uniform", "gpt2", "orthogonal"])
+def test_an_attentions_extra_key_and_value_keep_their_own_distribution(scheme):
+    def attention():
+        return nn.MultiheadAttention(8, 2, add_bias_kv=True)
+
+    by_itself = initialize(attention(), seed=1)
+    result = initialize(attention(), scheme, seed=1)
+    assert result["bias_k"] == result["bias_v"] == by_itself["bias_k"] == Init("normal", (0.0, math.sqrt(2 / 16)))
+    assert result["in_proj_weight"] != by_itself["in_proj_weight"]
+
+
+def test_of_nested_custom_resets_the_outermost_has_the_last_word():
+    class Sets(nn.Module):
+        def __init__(self, value, **children):
+            super().__init__()
+            self.value, self.own = value, nn.Parameter(torch.empty(2))
+            for name, child in children.items():
+                self.add_module(name, child)
+
+        def reset_parameters(self):
+            for p in self.parameters():
+                torch_init.constant_(p, self.value)
+
+    model = Sets(1.0, a=Sets(2.0, b=Sets(3.0)), c=nn.Sequential(Sets(4.0)))
+    initialize(model, seed=1)
+    assert all((p == 1).all() for p in model.parameters())
+    lone = nn.Sequential(Sets(2.0, b=Sets(3.0)))
+    result = initialize(lone, seed=1)
+    assert (lone[0].b.own == 2).all()
+    assert not result
+
+
+def test_squares_of_a_compressed_layer_are_taken_in_parts(monkeypatch):
+    mask = half((30, 45), 2)
+    at_once, in_parts = nn.Sequential(Compressed(mask)), nn.Sequential(Compressed(mask))
+    scheme = Init("normal", (0.5, 1.0))
+    initialize(at_once, scheme, seed=3, rescale="squares", rules={"*.bias": 0.0})
+    monkeypatch.setattr("initperf.rescale._PART", 400)
+    initialize(in_parts, scheme, seed=3, rescale="squares", rules={"*.bias": 0.0})
+    assert torch.allclose(in_parts[0].weight_values, at_once[0].weight_values, rtol=2**-22, atol=0)
+
+
+def test_measured_rescaling_does_not_count_the_biases():
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 50))
+
+    x, dense, masked = torch.randn(200, 40), model(), model()
+    rules = {"*.bias": Init("normal", (0.0, 3.0))}
+    initialize(dense, "kaiming_normal", seed=1, rules=rules)
+    masks = {f"{i}.weight": half(dense[i].weight.shape) for i in (0, 2)}
+    initialize(masked, "kaiming_normal", seed=1, rules=rules, masks=masks, rescale="measured", sample=x)
+    for i in (0, 2):
+        products = [m[i](m[:i](x)) - m[i].bias for m in (masked, dense)]
+        got, want = (p.double().var(correction=0).item() for p in products)
+        assert got == pytest.approx(want, rel=1e-4)
+        assert torch.equal(masked[i].bias, dense[i].bias)
+
+
+def sharded(number):
+    """The local parts of one process of two: rows of the first weight and of all biases, columns of the second weight."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, model = init_device_mesh("cpu", (2,)), mlp()
+    for module, dim in ((model[0], 0), (model[2], 1)):
+        for name, p in list(module.named_parameters()):
+            placement = [Shard(dim if name == "weight" else 0)]
+            setattr(module, name, nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placement)))
+    initialize(
+        model, seed=1, masks={"0.weight": half((30, 20)), "2.weight": half((10, 30))}, rules={"2.*t": "orthogonal"}
+    )
+    return {name: p.to_local().detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_every_process_gets_its_own_part_of_values_and_masks(tmp_path):
+    parts, whole = processes.run(sharded, tmp_path), mlp()
+    initialize(
+        whole, seed=1, masks={"0.weight": half((30, 20)), "2.weight": half((10, 30))}, rules={"2.*t": "orthogonal"}
+    )
+    for name, p in whole.named_parameters():
+        together = torch.cat([part[name] for part in parts], dim=1 if name == "2.weight" else 0)
+        assert torch.equal(bits(together), bits(p.detach()))
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30), (8, 4, 3, 3)])
+def test_the_variance_of_an_orthogonal_init_is_its_mean_square(shape):
+    values = init.orthogonal_(torch.empty(shape), 2.0, seed=1).double()
+    assert Init("orthogonal", (2.0,)).moments(shape) == (0.0, pytest.approx(values.square().mean().item(), rel=1e-5))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_custom_reset_leaves_torchs_generator_as_it_was(fails):
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Parameter(torch.zeros(30))
+
+        def reset_parameters(self):
+            with torch.no_grad():
+                self.own.copy_(torch.rand(30))
+            if fails:
+                raise KeyError("reset")
+
+    model, before = Draws(), torch.get_rng_state()
+    with pytest.raises(KeyError) if fails else contextlib.nullcontext():
+        initialize(model, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(model.own, torch.rand(30))

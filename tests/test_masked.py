@@ -157,12 +157,21 @@ def test_double_backward_reaches_the_weights(path):
     torch.testing.assert_close(layer.weight.grad, dense.weight.grad.masked_fill(~layer.weight_mask, 0))
 
 
+class Copied(nn.Module):
+    """A parametrization whose result is not the Parameter itself."""
+
+    def forward(self, weight):
+        return weight.clone()
+
+
 def test_a_weight_that_is_not_the_layers_own_parameter_is_masked_in_the_product(layer, path):
     x, free = torch.randn(6, 20), torch.randn(30, 20)
     expected = nn.functional.linear(x, free.masked_fill(~layer.weight_mask, 0), layer.bias)
     torch.testing.assert_close(torch.func.functional_call(layer, {"weight": free}, (x,)), expected)
-    parametrize.register_parametrization(layer, "weight", torch.nn.Identity())
-    torch.testing.assert_close(layer(x), layer.to_linear()(x))
+    parametrize.register_parametrization(layer, "weight", Copied())
+    with torch.no_grad():
+        layer.parametrizations.weight.original.copy_(free)
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_meta_layers_have_shapes_and_come_alive_with_everything_surviving():
@@ -519,3 +528,22 @@ def test_the_transforms_of_torch_func_work_as_on_a_linear_layer():
 def test_an_input_that_is_no_tensor_is_a_type_error():
     with pytest.raises(TypeError, match="torch.Tensor"):
         MaskedLinear(4, 3)([1, 2, 3, 4])
+
+
+def test_a_mask_from_the_meta_device_starts_with_everything_surviving_whatever_its_memory_holds(monkeypatch):
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).zero_())
+    layer = MaskedLinear(20, 30, device="meta").to_empty(device="cpu")
+    assert layer.weight_mask.all()
+    assert layer.density == 1
+
+
+def test_a_mask_edited_in_place_anywhere_is_noticed(layer, path):
+    x = torch.randn(6, 20)
+    for place in ((0, 0), (17, 3), (29, 19)):
+        layer(x)
+        layer.weight_mask[place] ^= True
+        with torch.no_grad():
+            layer.weight.fill_(1.0)
+        y = layer(x)
+        torch.testing.assert_close(y, nn.functional.linear(x, layer.weight_mask.float(), layer.bias))

@@ -469,3 +469,77 @@ def test_parameters_are_measured_with_the_costlier_statistics_and_scalars_keep_t
     assert costly == {0, 3}
     assert {step for step, _, row in monitor.rows() if "forward_var" in row} == set(range(5))
     assert "0/weight_grad_var" in monitor.scalars()
+
+
+def test_a_summed_loss_over_accumulated_batches_reads_as_one_mean():
+    model, x = mlp(10, 20, 5), torch.randn(32, 10)
+    read = {}
+    for parts in ((x,), (x[:8], x[8:])):
+        model.zero_grad()
+        with VarianceMonitor(model, reduction="sum") as monitor:
+            for part in parts:
+                model(part).square().sum().backward()
+            monitor.step()
+        read[len(parts)] = monitor.scalars()
+    for name in ("0/backward_var", "2/backward_var", "0/weight_grad_var"):
+        assert math.isclose(read[2][name], read[1][name], rel_tol=1e-4), name
+
+
+def test_a_unit_is_alive_if_any_call_of_the_step_reached_it():
+    model = mlp(4, 4, 2)
+    model[0].weight.data.copy_(torch.eye(4))
+    model[0].bias.data.zero_()
+    with VarianceMonitor(model) as monitor:
+        for unit in (0, 1):
+            model(torch.eye(4)[[unit, unit]]).sum().backward()
+        monitor.step()
+    assert monitor.scalars()["0/dead"] == 0.5
+
+
+def test_units_of_images_are_channels_behind_any_norm():
+    for norm in (nn.BatchNorm2d(6), nn.GroupNorm(2, 6)):
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 2))
+        norm.weight.data.zero_()
+        norm.bias.data.copy_(torch.tensor([1.0, 1.0, -1.0, 1.0, 1.0, 1.0]))
+        with VarianceMonitor(model) as monitor:
+            model(torch.randn(5, 3, 8, 8)).sum().backward()
+            monitor.step()
+        assert monitor.scalars()["1/dead"] == pytest.approx(1 / 6)
+
+
+def test_gradients_wait_for_no_more_than_the_bytes_measured_together(monkeypatch):
+    model = mlp(16, 16, 16, 16, 16)
+    monkeypatch.setattr("initperf.monitor.TOGETHER", 2 * 4 * 32 * 16)
+    waiting = []
+    with VarianceMonitor(model) as monitor:
+        first = model[0].register_full_backward_hook(
+            lambda *_: waiting.append(sum(g.nbytes for g in monitor._pending.values()))
+        )
+        model(torch.randn(32, 16, requires_grad=True)).sum().backward()
+        first.remove()
+        monitor.step()
+    assert waiting
+    assert max(waiting) < 2 * 4 * 32 * 16
+
+
+def test_both_calls_of_a_shared_layer_are_read():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(6, 6)
+
+        def forward(self, x):
+            self.seen = [self.shared(x)]
+            self.seen.append(self.shared(self.seen[0]))
+            for f in self.seen:
+                f.retain_grad()
+            return self.seen[1]
+
+    model = Twice()
+    with VarianceMonitor(model) as monitor:
+        model(torch.randn(9, 6)).square().sum().backward()
+        monitor.step()
+    got = monitor.scalars()
+    outputs, gradients = torch.cat(model.seen).detach().double(), torch.cat([f.grad for f in model.seen]).double()
+    assert got["shared/forward_var"] == pytest.approx(outputs.var(correction=0).item(), rel=1e-5)
+    assert got["shared/backward_var"] == pytest.approx(gradients.var(correction=0).item(), rel=1e-5)

@@ -198,6 +198,10 @@ def test_shuffled_masks_keep_every_layers_count_and_move():
 def test_scores_are_ordered_with_their_sign():
     scores = torch.tensor([0.5, -2.0, 3.0, -0.5, 0.0])
     assert prune.by_score({"w": scores}, 0.4)["w"].tolist() == [True, False, True, False, True]
+    near = torch.tensor([1 + 2**-23, 1.0, -1.0, -1 - 2**-23])
+    for k in range(5):
+        expected = torch.ones(4, dtype=torch.bool).index_fill(0, near.argsort()[:k], False)
+        assert torch.equal(prune.by_score({"w": near}, k / 4)["w"], expected)
 
 
 @pytest.mark.parametrize(

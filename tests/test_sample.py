@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from initperf.kernels.cpu import jit
 from initperf.kernels.cpu.philox import tile_words
 from initperf.kernels.cpu.sample import sample_ as cpu_sample_
 from initperf.kernels.gpu.philox import philox as gpu_philox
@@ -243,6 +245,29 @@ def test_normal_values_written_past_the_caches_are_the_same(n, monkeypatch):
         monkeypatch.setattr(f"initperf.kernels.cpu.{name}._LARGE", 0)
     cpu_sample_(whole[16:-16], kind, params, 5, 2**63 + 3)
     assert torch.equal(bits(whole), bits(wanted))
+
+
+@pytest.mark.parametrize(("offset", "run", "stride"), [(1024, -1, 0), (0, 1000, 3000), (0, 1000, 1000), (5, 70, 90)])
+def test_a_shard_is_not_taken_for_a_whole_because_it_is_large(offset, run, stride, monkeypatch):
+    d = rng.normal(0.5, 2)
+    wanted = filled(cpu_sample_, 5000, torch.float32, d, 5, 3, offset, run, stride)
+    for name in ("sample", "sample_many"):
+        monkeypatch.setattr(f"initperf.kernels.cpu.{name}._LARGE", 0)
+    assert_same_bits(filled(cpu_sample_, 5000, torch.float32, d, 5, 3, offset, run, stride), wanted)
+
+
+def test_numba_is_told_of_every_change_of_torchs_threads(monkeypatch):
+    told, before = [], torch.get_num_threads()
+    monkeypatch.setattr(jit, "_MAX_THREADS", 4)
+    monkeypatch.setattr(jit, "_told", threading.local())
+    monkeypatch.setattr(jit.numba, "set_num_threads", told.append)
+    try:
+        for count in (2, 2, 3, 1, 3, 2, 9):
+            torch.set_num_threads(count)
+            assert jit.threads() == min(count, 4)
+    finally:
+        torch.set_num_threads(before)
+    assert told == [2, 3, 2, 4]  # one thread runs no parallel kernel
 
 
 def test_seeds_streams_and_offsets_give_different_values():

@@ -72,11 +72,16 @@ def test_the_loss_falls_and_state_has_one_entry_a_survivor():
 
 def test_clipping_and_averaging_work_as_for_any_parameter():
     model = network(True)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    train(model, torch.optim.SGD(model.parameters(), lr=0.1), 2)
-    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    average.update_parameters(model)
-    torch.testing.assert_close(average.module[0].weight_values, model[0].weight_values)
+    average, values = torch.optim.swa_utils.AveragedModel(model), []
+    for steps in (2, 3):
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps)
+        average.update_parameters(model)
+        values.append(model[0].weight_values.detach().clone())
+    assert not torch.equal(*values)
+    torch.testing.assert_close(average.module[0].weight_values.detach(), sum(values) / 2)
+    before = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert before > 1e-3
+    assert nn.utils.get_total_norm([p.grad for p in model.parameters()]).item() == pytest.approx(1e-3, rel=1e-3)
 
 
 @pytest.mark.parametrize("told", ["sparsify", "after", "before"])
@@ -115,7 +120,7 @@ def sparsify_and_return(model, optimizer):
 
 def test_an_optimizer_that_follows_takes_new_masks_and_one_that_does_not_says_so():
     model = network(True, 0.5)
-    optimizer = mask_optimizer_(torch.optim.Adam(model.parameters(), lr=1e-2))
+    optimizer = mask_optimizer_(torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True))
     train(model, optimizer, 3)
     layer = model[0]
     before = layer.expand(optimizer.state[layer.weight_values]["exp_avg"])
@@ -124,6 +129,7 @@ def test_an_optimizer_that_follows_takes_new_masks_and_one_that_does_not_says_so
     layer.set_mask(mask)
     after = layer.expand(optimizer.state[layer.weight_values]["exp_avg"])
     assert torch.equal(after, before.masked_fill(~(mask & old), 0))
+    assert {v.shape for v in optimizer.state[layer.weight_values].values()} == {(), (layer.nnz, 1)}
     train(model, optimizer, 3)
 
     other = torch.optim.Adam(model.parameters(), lr=1e-2)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -123,6 +124,7 @@ FAULTS = {
         "unscaled inputs",
         "standard deviation",
     ),
+    "tiny inputs": (lambda: deep(nn.ReLU, 2, init=he), x(BATCH, 128, scale=0.01), "unscaled inputs", "deviation 0.01"),
     "large last layer": (large_last, x(BATCH, 128), "large output", "loss starts large"),
     "cut layer": (Cut, x(BATCH, 20), "frozen", "gets no gradient"),
     "overflow": (lambda: deep(nn.ReLU, init=normal(1e5)), x(BATCH, 128), "non-finite", "infinite"),
@@ -202,6 +204,7 @@ def test_the_learning_rate_is_judged_by_the_update(rate, faults):
         adam = judge(monitor)
     assert (faults == []) == (found.faults == [])
     assert set(faults) <= set(adam.faults)
+    assert bool(faults) == bool(adam)
 
 
 def cnn() -> nn.Module:
@@ -251,12 +254,17 @@ HEALTHY = {
         torch.rand(BATCH, 1, 28, 28),
     ),
     "He leaky ReLU of 50 layers": (lambda: deep(lambda: nn.LeakyReLU(0.2), 50, init=he), x(BATCH, 128)),
-    "zero last layer": (lambda: zero_last(deep(nn.ReLU, 4, init=he)), x(BATCH, 128)),
+    "four layers that double the variance": (
+        lambda: scaled_last(deep(nn.ReLU, 4, init=normal(0.1768)), 0.5),
+        x(BATCH, 128),
+    ),
+    "small last layer": (lambda: scaled_last(deep(nn.ReLU, 4, init=he), 1e-3), x(BATCH, 128)),
+    "zero last layer": (lambda: scaled_last(deep(nn.ReLU, 4, init=he), 0), x(BATCH, 128)),
 }
 
 
-def zero_last(model: nn.Sequential) -> nn.Sequential:
-    nn.init.zeros_(model[-1].weight)
+def scaled_last(model: nn.Sequential, factor: float) -> nn.Sequential:
+    model[-1].weight.data.mul_(factor)
     return model
 
 
@@ -369,3 +377,59 @@ def test_what_check_init_cannot_work_with_is_named():
         check_init(nn.Sequential(nn.Linear(4, 3, device="meta")), x)
     with pytest.raises(InitPerfError, match="requires a gradient"):
         check_init(model.requires_grad_(False), x)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["std 1.41x He's", "std too small", "Xavier for deep ReLU", "torch's default for deep ReLU", "He for deep tanh"],
+)
+def test_the_remedys_factor_makes_the_network_healthy(name):
+    make, sample, _, _ = FAULTS[name]
+    model = make()
+    (verdict,) = check_init(model, sample)
+    factor = float(re.search(r"multiply the weights by ([\d.]+)", verdict.remedy)[1])
+    with torch.no_grad():
+        for layer in model[:-1]:
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(factor)
+    assert not check_init(model, sample)
+
+
+def test_a_vanished_gradient_is_placed_at_the_last_layer_that_has_a_hundredth_of_the_last_ones():
+    verdicts = check_init(deep(nn.Sigmoid, 12, init=xavier), x(BATCH, 128))
+    norms = {n: r.count * r.mean_square for n in verdicts.order[:-1] for r in [verdicts.readings[n, "backward"]]}
+    small = [n for n, v in norms.items() if v < list(norms.values())[-1] / 100]
+    (verdict,) = verdicts
+    assert 1 < len(small) < len(norms)
+    assert verdict.layer == small[-1]
+    assert f"from layer {small[-1]} up to the input" in verdict.text
+
+
+def test_a_gradient_that_is_not_finite_is_placed_where_it_arises():
+    class Rooted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.c((self.b(self.a(x)) * 0).abs().sqrt())
+
+    found = check_init(Rooted(), x(BATCH, 8))
+    assert [(v.fault, v.layer) for v in found] == [("non-finite", "b")]
+
+
+def test_units_that_a_few_inputs_do_not_reach_are_not_called_dead():
+    model = deep(nn.ReLU, 1, init=he, bias=-2.0)
+    for batch in (4, BATCH):
+        assert not check_init(model, x(batch, 128))
+    with VarianceMonitor(model) as monitor:
+        model(x(4, 128)).sum().backward()
+        monitor.step()
+    assert monitor.scalars()["0/dead"] > THRESHOLDS["dead"][0]
+
+
+def test_without_a_loss_the_outputs_gradients_are_a_fixed_normal_sample_over_the_batch():
+    model = deep(nn.ReLU, 2, init=he, out=100)
+    first, again = (check_init(model, x(BATCH, 128)).readings["4", "backward"] for _ in range(2))
+    assert (first.mean, first.var) == (again.mean, again.var)
+    assert first.var * BATCH**2 == pytest.approx(1, rel=6 * math.sqrt(2 / (100 * BATCH)))
