@@ -75,7 +75,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             # torch.func's transforms (vmap, jvp, grad) know torch's own convolution
             return self._conv_forward(input, weight.masked_fill(~self.weight_mask, 0), self.bias)
         # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
-        return convolved(self, input, weight, self.weight_mask, pattern.tensors, isinstance(weight, nn.Parameter))
+        return convolved(self, input, weight, self.weight_mask, pattern.tensors, self._is_own(weight))
 
 
 class SparseConv2d(SparseLayer):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .layer_trace import SATURATING, squared_gain
 from .monitor import VarianceMonitor
 from .records import BACKWARD, FORWARD, GRADIENT, INPUT, Key, Reading
+from .schemes import fan_in
 from .verdicts import _FEW, THRESHOLDS, Verdict
 
 _RULES = {"tanh": "Xavier's", "sigmoid": "Xavier's", "selu": "LeCun's", None: "LeCun's"}
@@ -52,7 +53,7 @@ class Evidence:
     def std_ratio(self, name: str) -> float:
         """Standard deviation of the weight / that which keeps the variance: sqrt(gain^2 / fan_in)."""
         weight = self.weight(name)
-        kept = squared_gain(self.activations.get(name)) / weight[0].numel()
+        kept = squared_gain(self.activations.get(name)) / fan_in(self.layers[name], weight)
         return weight.double().std(correction=0).item() / math.sqrt(kept)
 
 

@@ -59,8 +59,6 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if pattern.density == 1.0:  # nothing to mask, in the gradient either
             return nn.functional.linear(input, weight, bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
-        # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
-        premasked = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             # torch.func's transforms (vmap, jvp, grad) know torch's own product
             return nn.functional.linear(input, weight.masked_fill(~mask, 0), bias)
@@ -70,7 +68,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         ):
             ops.CALLS["masked_linear", "mkl"] += 1
             return nn.functional.linear(input, torch.where(mask, weight, 0), bias)
-        y = masked_ops.linear(flat, weight, bias, mask, pattern.tensors, premasked)
+        y = masked_ops.linear(flat, weight, bias, mask, pattern.tensors, self._is_own(weight))
         return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
 
 

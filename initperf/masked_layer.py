@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 M = TypeVar("M", bound=nn.Module)
+_UNSAVED = ("_pattern", "_probes", "_seen", "_own")  # made anew in a copy
 LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()  # all that live: optimizers know only their parameters
 
 
@@ -39,6 +40,7 @@ class MaskedLayer(nn.Module):
     _pattern: Pattern
     _probes: tuple[int, ...]  # positions of pruned weights
     _seen: tuple[int, int] | None  # the weight when it last obeyed
+    _own: weakref.ref[Any] | None = None  # the weight that obeys
 
     @classmethod
     def on(cls, dense: nn.Module, mask: Tensor | None = None) -> Self:
@@ -93,7 +95,7 @@ class MaskedLayer(nn.Module):
     def _forget(self) -> None:
         """Drop what makes it a masked layer; the caller sets its class."""
         self._buffers.pop("weight_mask")
-        for name in ("_pattern", "_probes", "_seen"):
+        for name in _UNSAVED:
             self.__dict__.pop(name, None)
         LAYERS.discard(self)
 
@@ -117,6 +119,13 @@ class MaskedLayer(nn.Module):
             if weight.grad is not None:  # from before the mask: a step would revive with it
                 weight.grad.masked_fill_(pruned, 0)
         self._seen = _state_of(weight)
+        self._own = weakref.ref(weight) if weight is not None else None
+
+    def _is_own(self, weight: object) -> bool:
+        """Whether this is the layer's own Parameter, which obeys the mask; a parametrized or functional weight may be anything."""
+        if torch.compiler.is_compiling():  # which does not follow weak references
+            return isinstance(weight, nn.Parameter)
+        return self._own is not None and self._own() is weight
 
     def _overwritten(self) -> bool:
         """Whether the weight was written past the mask (by an init function, copy_, `.data = `), which the dense product would show.
@@ -124,7 +133,7 @@ class MaskedLayer(nn.Module):
         Told on the CPU (elsewhere it would wait for the device) by three pruned places, which steps of optimizers leave 0.
         """
         weight = self._parameters.get("weight")
-        if not self._probes or type(weight) is not nn.Parameter or not weight.is_cpu:
+        if not self._probes or type(weight) is not nn.Parameter or not weight.is_cpu or not self._is_own(weight):
             return False
         state = _state_of(weight)
         if state == self._seen:
@@ -172,18 +181,25 @@ class MaskedLayer(nn.Module):
                 kind=InitPerfRuntimeError,
             )
         super().register_parameter(name, param)
+        mask = self.__dict__.get("_buffers", {}).get("weight_mask")
+        if name != "weight" or param is None or mask is None or param.shape != mask.shape:
+            return
+        if not self.__dict__.get("_loading"):  # a checkpoint's own tensors are not edited
+            self._mask_weight()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_pattern", "_probes", "_seen")}
+        return {name: value for name, value in self.__dict__.items() if name not in _UNSAVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._pattern, self._probes, self._seen = self._new_pattern(), _pruned_places(self.weight_mask), None
+        self._own = weakref.ref(self.weight)
         LAYERS.add(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.weight_mask
         super()._apply(fn, recurse)
+        self._own = weakref.ref(self._parameters["weight"]) if self._parameters.get("weight") is not None else None
         if self.weight_mask is not before:
             if before.is_meta and not self.weight_mask.is_meta:
                 self.weight_mask.fill_(True)  # to_empty: its memory is arbitrary
@@ -211,9 +227,13 @@ class MaskedLayer(nn.Module):
             return
         if mask in state_dict:
             state_dict[mask] = state_dict[mask].bool()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self._loading = True
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            del self._loading
         if mask in missing_keys:  # the checkpoint is dense: the mask that is here stays
             missing_keys.remove(mask)
         if local_metadata.get("assign_to_params_buffers", False) and not self.weight.is_meta:

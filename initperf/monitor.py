@@ -245,7 +245,7 @@ class VarianceMonitor:
         self._current.blocks += _measure(found, order=4 if self.costly else 2)
         activation = self.trace.activations.get(name, "relu")  # not known yet in the first step
         if self.costly and f.dim() > 1 and activation in RELU_LIKE:
-            unit = 1 if _has_channels(self.layers[name]) else f.dim() - 1
+            unit = _unit_dimension(self.layers[name], f.dim())
             self._highest[name].append(moments(f.detach(), dim=[d for d in range(f.dim()) if d != unit], order=2).max)
 
     def _take_gradient(self, name: str, what: str, gradient: Tensor) -> None:
@@ -348,8 +348,11 @@ def _first_float(value: Any) -> Tensor | None:
     return next((t for t in tensors_in(value) if t.dtype in FLOATS and t.layout is torch.strided), None)
 
 
-def _has_channels(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm))
+def _unit_dimension(layer: nn.Module, dimensions: int) -> int:
+    """Which dimension of a layer's output counts its units: channels, also of an image without a batch; else the last."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return dimensions - 1 - len(layer.kernel_size)
+    return 1 if isinstance(layer, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) else dimensions - 1
 
 
 def _recomputing() -> bool:

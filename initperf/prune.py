@@ -71,7 +71,7 @@ def by_score(
     masks: Mapping[str, Tensor] | None = None,
     scope: str = "layerwise",
 ) -> Masks:
-    """New masks without the survivors of least score, signed: for criteria other than the magnitude."""
+    """New masks without the survivors of least score, signed: for criteria other than the magnitude. Compared as float32."""
     words = {}
     for name, score in _named(scores).items():
         check_float_tensor(score, f"scores[{name!r}]")

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from initperf import ops
 from initperf.checks import fail
 from initperf.layer_trace import tensors_in
+from initperf.schemes import by_unit
 from initperf.stats import moments
 
 if TYPE_CHECKING:
@@ -73,12 +74,13 @@ def _dense_squares(task: Task, seed: int) -> float:
 def _unit_factor(task: Task) -> Tensor:
     """What to multiply the survivors with; a unit without survivors keeps 1. For each survivor of a compressed weight."""
     mask = task.mask if task.mask is not None else task.unpacked_bits()
-    unit = 1 if isinstance(task.place.module, _ConvTransposeNd) else 0
-    others = [d for d in range(mask.dim()) if d != unit]
-    fan = mask.numel() // max(1, mask.shape[unit])
-    live = (mask.sum(dim=others, keepdim=True) if others else mask).double()
-    factor = torch.where(live > 0, fan / live.clamp(min=1), 1.0).sqrt().to(task.memory.dtype)
-    return factor if task.bits is None else factor.expand(mask.shape)[mask].view(task.memory.shape)
+    factor = torch.empty(mask.shape, dtype=task.memory.dtype, device=mask.device)
+    units = by_unit(task.place.module, mask)
+    inputs = list(range(2 if isinstance(task.place.module, _ConvTransposeNd) else 1, units.dim()))
+    live = (units.sum(dim=inputs, keepdim=True) if inputs else units).double()
+    fan = units.numel() / max(1, live.numel())
+    by_unit(task.place.module, factor).copy_(torch.where(live > 0, fan / live.clamp(min=1), 1.0).sqrt())
+    return factor if task.bits is None else factor[mask].view(task.memory.shape)
 
 
 def reached(model: nn.Module, sample: Any, layers: Mapping[nn.Module, Tensor]) -> set[nn.Module]:

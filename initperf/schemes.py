@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, dtype, empty, nn
 from torch.nn.init import _calculate_fan_in_and_fan_out as fans
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 from initperf import rng
@@ -226,6 +226,20 @@ def custom_reset(module: nn.Module) -> str | None:
 def _fans_of(place: Place) -> Tensor:
     """The parameter, seen as (outputs, inputs, ...)."""
     return place.parameter.t() if _is_transformers_conv1d(place.module) else place.parameter
+
+
+def by_unit(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight or mask seen as (units, inputs of a unit, ...), a view: transposed convolutions and transformers' Conv1D store it otherwise."""
+    if isinstance(module, _ConvTransposeNd):
+        grouped = weight.unflatten(0, (module.groups, weight.shape[0] // module.groups))
+        return grouped.transpose(1, 2)  # (groups, units of a group, inputs, ...)
+    return weight.t() if _is_transformers_conv1d(module) else weight
+
+
+def fan_in(module: nn.Module, weight: Tensor) -> int:
+    """Inputs of one unit of a layer's weight."""
+    units = by_unit(module, weight)
+    return units[0, 0].numel() if isinstance(module, _ConvTransposeNd) else units[0].numel()
 
 
 _RESIDUAL = ("c_proj", "o_proj", "down_proj")

@@ -975,3 +975,20 @@ def test_a_custom_reset_leaves_torchs_generator_as_it_was(fails):
         initialize(model, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(model.own, torch.rand(30))
+
+
+def test_unit_rescaling_counts_the_inputs_of_a_unit_however_its_layer_stores_them():
+    """Grouped transposed convolutions: (inputs, outputs / groups, ...); transformers' Conv1D: (inputs, outputs)."""
+
+    def factors(make, mask):
+        scaled, plain = nn.Sequential(make()), nn.Sequential(make())
+        initialize(scaled, "kaiming_normal", seed=1, masks={"0.weight": mask}, rescale="unit")
+        initialize(plain, "kaiming_normal", seed=1)
+        return (scaled[0].weight / plain[0].weight).detach().squeeze()
+
+    mask = torch.tensor([1, 1, 1, 0]).bool().view(4, 1, 1, 1)
+    got = factors(lambda: nn.ConvTranspose2d(4, 2, 1, groups=2), mask)
+    torch.testing.assert_close(got, torch.tensor([1, 1, math.sqrt(2), 0]))
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    mask = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 0]]).bool()
+    torch.testing.assert_close(factors(lambda: conv1d(2, 4), mask), mask * torch.tensor([1.0, 2.0]))

@@ -547,3 +547,18 @@ def test_a_mask_edited_in_place_anywhere_is_noticed(layer, path):
             layer.weight.fill_(1.0)
         y = layer(x)
         torch.testing.assert_close(y, nn.functional.linear(x, layer.weight_mask.float(), layer.bias))
+
+
+def test_parameters_of_another_model_in_a_functional_call_are_masked_and_not_written(layer, path):
+    other, x = nn.Linear(20, 30), torch.randn(5, 20)
+    before = other.weight.detach().clone()
+    got = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
+    torch.testing.assert_close(got, nn.functional.linear(x, before * layer.weight_mask, other.bias))
+    assert torch.equal(other.weight, before)
+
+
+def test_a_parameter_that_is_assigned_is_masked(layer, path):
+    layer.weight = nn.Parameter(torch.randn(30, 20))
+    assert not bits(layer.weight)[~layer.weight_mask].any()
+    x = torch.randn(5, 20)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))

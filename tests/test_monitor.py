@@ -543,3 +543,13 @@ def test_both_calls_of_a_shared_layer_are_read():
     outputs, gradients = torch.cat(model.seen).detach().double(), torch.cat([f.grad for f in model.seen]).double()
     assert got["shared/forward_var"] == pytest.approx(outputs.var(correction=0).item(), rel=1e-5)
     assert got["shared/backward_var"] == pytest.approx(gradients.var(correction=0).item(), rel=1e-5)
+
+
+def test_units_of_an_image_without_a_batch_are_its_channels():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(0), nn.Linear(144, 2))
+    net[0].weight.data.zero_()
+    net[0].bias.data.copy_(torch.tensor([-1.0, -1.0, 1.0, 1.0]))
+    with VarianceMonitor(net) as monitor:
+        net(torch.randn(3, 8, 8)).sum().backward()
+        monitor.step()
+    assert monitor.scalars()["0/dead"] == 0.5

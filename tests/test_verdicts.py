@@ -1,8 +1,8 @@
 """Verdicts: planted faults are named, healthy networks are passed in silence, and check_init leaves no trace."""
 
 import copy
+import itertools
 import math
-import re
 
 import pytest
 import torch
@@ -433,3 +433,17 @@ def test_without_a_loss_the_outputs_gradients_are_a_fixed_normal_sample_over_the
     first, again = (check_init(model, x(BATCH, 128)).readings["4", "backward"] for _ in range(2))
     assert (first.mean, first.var) == (again.mean, again.var)
     assert first.var * BATCH**2 == pytest.approx(1, rel=6 * math.sqrt(2 / (100 * BATCH)))
+
+
+def test_the_remedy_for_transposed_convolutions_goes_by_their_own_fan_in():
+    torch.manual_seed(0)
+    widths = [512, 256, 128, 64, 32, 16, 8]
+    layers = [m for i, o in itertools.pairwise(widths) for m in (nn.ConvTranspose2d(i, o, 1), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Conv2d(8, 3, 1))
+    for layer in net:
+        if hasattr(layer, "weight"):
+            nn.init.normal_(layer.weight, std=3 * math.sqrt(2 / layer.in_channels))
+            nn.init.zeros_(layer.bias)
+    (verdict,) = check_init(net, torch.randn(64, 512, 4, 4))
+    assert verdict.text.endswith("weights' std is 3.00x He's")
+    assert verdict.remedy.endswith("multiply the weights by 0.33")

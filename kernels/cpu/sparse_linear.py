@@ -8,9 +8,12 @@ from numba import prange
 from torch import Tensor
 
 from .jit import jit, threads
+from .memory import gradient_memory
 from .products import correlate, multiply
 from .sparse_pattern import sparse_tensors as sparse_tensors
+from .vector import expand_line, full_vectors, population
 
+_OWNER = torch.empty(0)  # of the block that dense weights, needed for one product each, are made in
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,7 +57,16 @@ _ONES = np.array([bin(b).count("1") for b in range(256)], np.uint8)
 @jit()
 def _expand(values, bits, dense, first, last, place):
     """dense[i] = the next value where bit i is set, else 0, for the weights of bytes first..last; `place`: of the first."""
-    for i in range(first, last):
+    full_vectors()
+    size = dense.itemsize
+    source, target = np.int64(values.ctypes.data), np.int64(dense.ctypes.data)
+    i = first
+    while i + 2 <= last and 8 * i + 16 <= dense.size:
+        mask = np.uint16(bits[i]) | np.uint16(bits[i + 1] << 8)
+        expand_line(dense, source + place * size, target + 8 * i * size, np.uint16(mask))
+        place += np.int64(population(np.uint64(mask)))
+        i += 2
+    while i < last:
         byte = bits[i]
         for b in range(min(8, dense.size - 8 * i)):
             if (byte >> b) & 1:
@@ -62,6 +74,7 @@ def _expand(values, bits, dense, first, last, place):
                 place += 1
             else:
                 dense[8 * i + b] = 0
+        i += 1
 
 
 @jit()
@@ -109,7 +122,7 @@ def expand(values: Tensor, bits: Tensor, rows: int, columns: int) -> Tensor:
     """The dense weight (rows, columns) of values (nnz, 1) at the set bits, 0 elsewhere; the values themselves if none is pruned."""
     if values.numel() == rows * columns:
         return values.detach().view(rows, columns)
-    dense = torch.empty((rows, columns), dtype=values.dtype)
+    dense = gradient_memory(_OWNER, (rows, columns), values.dtype)
     if dense.numel():
         workers = threads() if dense.numel() >= 1 << 16 else 1
         _expand_parallel(workers, _flat(values), bits.numpy(), _flat(dense)) if workers > 1 else _expand(
@@ -122,7 +135,7 @@ def compress(dense: Tensor, bits: Tensor, nnz: int) -> Tensor:
     """values (nnz, 1) of a dense weight at the set bits; the weight itself if none is pruned."""
     if nnz == dense.numel():
         return dense.reshape(nnz, 1)
-    values = torch.empty((nnz, 1), dtype=dense.dtype)
+    values = gradient_memory(bits, (nnz, 1), dtype=dense.dtype)
     if nnz:
         dense = dense.contiguous()
         workers = threads() if dense.numel() >= 1 << 16 else 1

@@ -164,3 +164,24 @@ def trailing_zeros(typingctx: Any, word: Any) -> Any:
         return _llvm_call(builder, "llvm.cttz.i64", ir.IntType(64), [args[0], never_zero])
 
     return types.uint64(types.uint64), codegen
+
+
+@intrinsic
+def expand_line(typingctx: Any, like: Any, source: Any, target: Any, mask: Any) -> Any:
+    """16 elements of the array `like`'s type at address `target`: the next of `source` where a bit of the uint16 is set, else 0.
+
+    Reads as many elements as bits are set. One instruction with AVX-512; elsewhere LLVM writes it out.
+    """
+    width = like.dtype.bitwidth
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        line = ir.VectorType(ir.IntType(width), 16)
+        source, target = (builder.inttoptr(a, line.as_pointer()) for a in args[1:3])
+        lanes = builder.bitcast(args[3], ir.VectorType(ir.IntType(1), 16))
+        values = _llvm_call(
+            builder, f"llvm.masked.expandload.v16i{width}", line, [source, lanes, ir.Constant(line, None)]
+        )
+        builder.store(values, target, align=width // 8)
+        return ctx.get_dummy_value()
+
+    return types.void(like, types.int64, types.int64, types.uint16), codegen
