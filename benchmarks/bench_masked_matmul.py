@@ -40,7 +40,7 @@ FORCED = [(*row, "sparse", storage) for row in CHART if 0.1 <= row[-1] < choice.
 
 @pytest.fixture(autouse=True, scope="module")
 def measured_choice():
-    """Sparse or dense is chosen as after `initperf doctor --calibrate`, which takes 20 s and is kept."""
+    """Sparse or dense is chosen as after `initperf doctor --calibrate`, which takes a minute and is kept."""
     if choice.measured(torch.get_num_threads()) is None and not torch.cuda.is_available():
         from initperf.calibrate import calibrate
 

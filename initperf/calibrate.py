@@ -1,4 +1,4 @@
-"""Measures the break-even densities that initperf/choice.py decides by: about 20 s on two cores, and once a minute more while kernels compile.
+"""Measures the break-even densities that initperf/choice.py decides by: about a minute on two cores.
 
 For every product, batch and size of layer the dense product is timed, and the sparse kernel at two densities; its time is
 close to linear in density, so a line through the two meets the dense time at the break-even. The table is written whole or
@@ -26,6 +26,7 @@ from initperf.kernels.cpu.sparse_linear import compress, expand
 from initperf.kernels.cpu.sparse_pattern import sparse_tensors
 
 DENSITIES = (0.05, 0.5)
+OTHERS = 8 << 20
 SECONDS = 0.008  # a timing lasts at least this, or three calls
 MARGIN = (
     0.95  # the sparse kernel must be that much faster: a wrong choice near the break-even costs little, a slow one more
@@ -123,7 +124,12 @@ def _break_evens(layers: list[_Layer], rows: int) -> Iterator[tuple[str, float]]
 
 
 def interleaved(calls: tuple[Product, ...]) -> list[float]:
-    """Least time of each call in rounds that take turns, after a call that warms (and compiles)."""
+    """Least time of each call in rounds that take turns, after a call that warms (and compiles).
+
+    Before each, an op of torch writes OTHERS bytes, as the layers around it do: with warm caches, and with our threads
+    awake, sparse products win at densities at which they lose within a training step.
+    """
+    others = torch.empty(OTHERS, dtype=torch.uint8)
     for call in calls:
         call()
     best = [math.inf] * len(calls)
@@ -131,6 +137,7 @@ def interleaved(calls: tuple[Product, ...]) -> list[float]:
     rounds = 0
     while rounds < 3 or time.perf_counter() < end:
         for i, call in enumerate(calls):
+            others.fill_(rounds % 2)
             start = time.perf_counter()
             call()
             best[i] = min(best[i], time.perf_counter() - start)
