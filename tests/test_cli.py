@@ -134,13 +134,14 @@ def test_other_settings_in_the_same_folder_are_refused(finished, refused):
     assert results_of(finished) == before
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_same_command_ends_with_the_same_numbers(finished, tmp_path):
-    """A real SIGINT in the second network; then the same command."""
+def test_ctrl_c_says_how_to_go_on_and_the_same_command_ends_with_the_same_numbers(tmp_path):
+    """A real SIGINT in the second network, which trains long enough to be met; then the same command."""
+    arguments = [*TINY, "--iterations", "1000"]
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
     seen = []
     for attempt in range(4):  # Python loses a KeyboardInterrupt that falls into a callback or a finalizer
         folder = tmp_path / f"run{attempt}"
-        command = [sys.executable, "-m", "initperf.cli", "ticket", *TINY, "--out", str(folder)]
+        command = [sys.executable, "-m", "initperf.cli", "ticket", *arguments, "--out", str(folder)]
         started = subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         limit = time.monotonic() + 120
         while not list(folder.glob("networks/*.json")) and time.monotonic() < limit and started.poll() is None:
@@ -154,8 +155,9 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_ends_with_the_same_number
     assert err.count("\n") == 1, seen
     assert "the same command again goes on" in err
     assert not (folder / "report.html").exists()
-    assert main(["ticket", *TINY, "--out", str(folder)]) == 0
-    assert results_of(folder) == results_of(finished)
+    for out in (folder, tmp_path / "undisturbed"):
+        assert main(["ticket", *arguments, "--out", str(out)]) == 0
+    assert results_of(folder) == results_of(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(
