@@ -134,6 +134,11 @@ def test_other_settings_in_the_same_folder_are_refused(finished, refused):
     assert results_of(finished) == before
 
 
+def heeding_ctrl_c() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_says_how_to_go_on_and_the_same_command_ends_with_the_same_numbers(tmp_path):
     """A real SIGINT in the second network, which trains long enough to be met; then the same command."""
     arguments = [*TINY, "--iterations", "1000"]
@@ -142,7 +147,14 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_ends_with_the_same_number
     for attempt in range(4):  # Python loses a KeyboardInterrupt that falls into a callback or a finalizer
         folder = tmp_path / f"run{attempt}"
         command = [sys.executable, "-m", "initperf.cli", "ticket", *arguments, "--out", str(folder)]
-        started = subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started = subprocess.Popen(
+            command,
+            env=clean,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heeding_ctrl_c,
+        )
         limit = time.monotonic() + 120
         while not list(folder.glob("networks/*.json")) and time.monotonic() < limit and started.poll() is None:
             time.sleep(0.002)
