@@ -79,6 +79,8 @@ class Recipe:
         less = {k: f"{v:,} of {getattr(self, k):,}" for k, v in numbers.items() if k in COSTS and v < getattr(self, k)}
         if (every := numbers.get("evaluate_every", 0)) > self.evaluate_every:
             less["evaluate_every"] = f"{every:,}, not {self.evaluate_every:,}"
+        if (fractions := numbers.get("fractions", self.fractions)) != self.fractions:
+            less["fractions"] = f"{_written(fractions)}, not {_written(self.fractions)}"
         found = replace(self, **numbers, budget=REDUCED if less else None, reduced=less)
         for name, least in (("iterations", 1), ("evaluate_every", 1), ("batch", 1), ("warmup", 0)):
             check(getattr(found, name) >= least, f"{name} to be at least {least}", getattr(found, name))

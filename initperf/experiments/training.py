@@ -81,6 +81,8 @@ def evaluate(model: nn.Module, split: Split) -> tuple[float, float]:
     loss, right = 0.0, 0
     size = EVALUATION_BATCH[split.x.dim()]
     for x, y in zip(split.x.split(size), split.y.split(size), strict=True):
+        if x.dim() == 4:  # without gradients convolution and pooling take two thirds of the time in this layout
+            x = x.contiguous(memory_format=torch.channels_last)
         scores = model(x)
         loss += float(F.cross_entropy(scores, y, reduction="sum"))
         right += int((scores.argmax(1) == y).sum())
