@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from initperf import choice, ops
+from initperf.chain import fuse
 from initperf.masked import MaskedLinear
 from initperf.sparse import SparseLinear
 
@@ -133,6 +134,7 @@ def models(name: str, storage: str, density: float = 0.1) -> tuple[nn.Module, nn
 
     ours = mlp(widths, make)
     theirs = nn.Sequential(*(m.to_dense() if hasattr(m, "to_dense") else m for m in ours))
+    fuse(ours)  # as sparsify does
     return ours, theirs
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from initperf import init, prune
+    from initperf.chain import SparseSequential
     from initperf.checks import InitPerfError
     from initperf.conv import MaskedConv2d, SparseConv2d
     from initperf.convert import check_masks, densify, sparsify
@@ -30,6 +31,7 @@ __all__ = [
     "MaskedLinear",
     "SparseConv2d",
     "SparseLinear",
+    "SparseSequential",
     "Ticket",
     "TicketSearch",
     "VarianceMonitor",
@@ -52,6 +54,7 @@ _HOMES = {
     "MaskedLinear": "masked",
     "SparseConv2d": "conv",
     "SparseLinear": "sparse",
+    "SparseSequential": "chain",
     "Ticket": "ticket",
     "TicketSearch": "search",
     "VarianceMonitor": "monitor",

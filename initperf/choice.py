@@ -77,6 +77,11 @@ def all_dense(storage: str, rows: int, shape: tuple[int, int], nnz: int, dtype: 
     return _none_pays(kinds, rows, shape, nnz, dtype, _mode, torch.get_num_threads())
 
 
+def pays(kind: str, rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
+    """sparse_pays on the CPU for layers of so many weights together, remembered."""
+    return not _none_pays((kind,), rows, (weights, 1), nnz, dtype, _mode, torch.get_num_threads())
+
+
 def _pays_on_gpu(kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype) -> bool:
     """Where nothing is known of the card or the dtype, whatever has a kernel runs on it."""
     if kind not in LAYER_KERNELS:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from initperf.chain import fuse
 from initperf.checks import (
     FLOATS,
     InitPerfRuntimeError,
@@ -63,6 +64,7 @@ def sparsify(
     one number for all or {glob of weight names: number}, by magnitude.
     sparse: True makes compressed layers (SparseLinear, SparseConv2d), False masked ones, of masked and compressed ones too;
     None leaves those as they are stored, and makes dense ones masked.
+    An nn.Sequential that holds compressed linear layers becomes a SparseSequential, for inference.
     Parameters stay the same objects, so an optimizer without state keeps working; `optimizer`, or mask_optimizer_ before or
     after, brings one with state along.
     Raises, and changes nothing, for a name that is no such weight, a mask of wrong shape or dtype, a weight tied to another
@@ -83,9 +85,15 @@ def sparsify(
         check_optimizer(optimizer, chosen, sparse=any(_compressed(layers[name], sparse) for name in masks))
     for name, mask in masks.items():
         _convert(layers[name], mask, _compressed(layers[name], sparse))
+    _fuse(model)
     if optimizer is not None:
         mask_optimizer_(optimizer)
     return model
+
+
+def _fuse(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        fuse(module)
 
 
 def _compressed(layer: nn.Module, sparse: bool | None) -> bool:
@@ -253,6 +261,7 @@ def densify(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None)
             layer._forget()
         if kind is not None:
             cast(nn.Module, layer).__class__ = kind
+    _fuse(model)
     return model
 
 

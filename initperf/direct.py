@@ -11,12 +11,13 @@ from torch import Tensor
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
 _function_transform = torch._C._functorch.peek_interpreter_stack
 _is_autocast_enabled = torch.is_autocast_enabled
 
 
 def plain(x: Tensor) -> bool:
-    """Whether only autograd can be listening to an op on `x`: no mode, no transform, no tracing, no autocast, no subclass."""
+    """Whether only autograd can be listening to an op on `x`: no mode, no transform, no tracing (of compilers and torch.jit), no autocast, no subclass."""
     on_cpu = x.is_cpu
     return (
         type(x) is Tensor
@@ -25,6 +26,7 @@ def plain(x: Tensor) -> bool:
         and not _dispatch_modes()
         and not _function_modes()
         and _function_transform() is None
+        and _tracing_state() is None
         and not _is_autocast_enabled("cpu" if on_cpu else "cuda")
     )
 

@@ -39,7 +39,7 @@ def _vector(element: ir.Type) -> ir.VectorType:
     return ir.VectorType(element, LANES)
 
 
-def _table(builder: Any, x: Any, element: ir.Type, wide: int) -> list[Any]:
+def lookup_table(builder: Any, x: Any, element: ir.Type, wide: int) -> list[Any]:
     """The block in registers, or nothing where a gather looks up."""
     if not _PERMUTES or element != ir.FloatType():
         return []
@@ -47,7 +47,7 @@ def _table(builder: Any, x: Any, element: ir.Type, wide: int) -> list[Any]:
     return [vector_at(builder, x, i * LANES, element, 64) for i in range(count)]
 
 
-def _lookup(builder: Any, table: list[Any], x: Any, numbers: Any, element: ir.Type, live: Any) -> Any:
+def lookup(builder: Any, table: list[Any], x: Any, numbers: Any, element: ir.Type, live: Any) -> Any:
     """x[number] of 16 lanes."""
     if not table:
         spread = splat(builder, builder.ptrtoint(x, _I64))
@@ -88,14 +88,14 @@ def matvec_unit(typingctx: Any, wide: Any, columns: Any, values: Any, x: Any, y:
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, cols, vals, block, sums, rows, n = args
-        table = _table(builder, block, element, len(wide))
+        table = lookup_table(builder, block, element, len(wide))
         slots = _slots(builder, n)
         body = Loop(builder, slots, [filled(_vector(element), 0.0)], stride=LANES)
         live = live_lanes(builder, builder.sub(slots, body.j))
         where = builder.bitcast(builder.gep(vals, [body.j]), _vector(element).as_pointer())
         align, none = ir.Constant(_I32, element_size(element)), filled(_vector(element), 0.0)
         value = masked_call(builder, "load", element, none.type, [where, align, live, none])
-        found = _lookup(builder, table, block, _columns(builder, cols, body.j, live), element, live)
+        found = lookup(builder, table, block, _columns(builder, cols, body.j, live), element, live)
         body.end([fused(builder, value, found, body.carried[0])])
         four = folded(builder, folded(builder, body.carried[0]))
         for r, line in enumerate(unit_rows(builder, sums, rows, 1)):
@@ -113,7 +113,7 @@ def outer_unit(typingctx: Any, wide: Any, columns: Any, sums: Any, x: Any, y: An
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, cols, out, block, dy, rows, n = args
-        table = _table(builder, block, element, len(wide))
+        table = lookup_table(builder, block, element, len(wide))
         four = ir.Constant(ir.VectorType(element, LANES), ir.Undefined)
         for r, line in enumerate(unit_rows(builder, dy, rows, 1)):
             four = builder.insert_element(four, builder.load(line), ir.Constant(_I32, r))
@@ -121,7 +121,7 @@ def outer_unit(typingctx: Any, wide: Any, columns: Any, sums: Any, x: Any, y: An
         slots = _slots(builder, n)
         body = Loop(builder, slots, [], stride=LANES)
         live = live_lanes(builder, builder.sub(slots, body.j))
-        found = _lookup(builder, table, block, _columns(builder, cols, body.j, live), element, live)
+        found = lookup(builder, table, block, _columns(builder, cols, body.j, live), element, live)
         where = builder.bitcast(builder.gep(out, [body.j]), _vector(element).as_pointer())
         align, none = ir.Constant(_I32, element_size(element)), filled(_vector(element), 0.0)
         before = masked_call(builder, "load", element, none.type, [where, align, live, none])

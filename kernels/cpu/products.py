@@ -260,7 +260,7 @@ def _correlate_parallel(
 
 
 @cache
-def _widths(batch: int) -> tuple[int, ...]:
+def widths_of(batch: int) -> tuple[int, ...]:
     """V zeros: the vectors a line that make the padded batch cheapest. 512-bit registers hold 4 x 4 sums, others 4 x 1."""
     fitting = COST if llvmlite.binding.get_host_cpu_features().get("avx512f") else (1,)
     return (0,) * min(fitting, key=lambda v: -(-batch // (v * LANES)) * v * COST[v])
@@ -304,7 +304,7 @@ def _call(
     shape: tuple[int, ...], sizes: tuple[int, int, int], dtype: torch.dtype, workers: int, multiplies: bool
 ) -> _Call:
     (panels, blocks, quads, _), (B, _, K) = shape, sizes
-    width, block = _widths(B), block_of(K, blocks)
+    width, block = widths_of(B), block_of(K, blocks)
     size, lanes = 8 if dtype == torch.float64 else 4, len(width) * LANES
     batch_blocks, each, groups, tasks = _plan(B, lanes, panels, quads * ROWS, size, workers, multiplies)
     rows = each * quads * ROWS

@@ -1,0 +1,388 @@
+"""A run of small sparse layers, each y = relu(x W^T + b) or without ReLU, as one call: for inference.
+
+Small layers are bound by what surrounds their product: Python, packing, reordering weights. Here activations stay in the
+second-level cache between layers, and the weights are kept in the order that each kernel reads: with a few batch rows in
+slices (lanes over 16 rows of like counts, X looked up in a block of 128 columns, which stays in registers for all slices),
+with more in the units of kernels/cpu/pattern.py. A copy of the values tells, by comparing, whether that order is to be
+made anew: versions do not know of writes through `.data`. Sums have one fixed order: the bits do not depend on threads.
+
+A plan is int64 (layers, FIELDS): sizes, addresses and flags; initperf/chain.py owns the memory behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, int64, prange, types, uint8
+from torch import Tensor
+
+from .few_rows import FEW
+from .jit import jit, threads
+from .lookup_ir import REGISTER_COLUMNS, lookup, lookup_table
+from .memory import working_memory
+from .pattern import BLOCK, WIDE_BLOCK
+from .products import SERIAL, widths_of
+from .spmm_ir import (
+    LANES,
+    ROWS,
+    Loop,
+    compute_pointer,
+    element_size,
+    element_type,
+    filled,
+    fused,
+    intrinsic,
+    load,
+    multiply_unit,
+    shifted,
+    storage_pointer,
+    store,
+    store_vector,
+    vector_at,
+)
+from .survivors import KINDS, PLACES, SLACK, STARTS, begin_rows, fetch
+from .tiles import ZERO, pack, start_sums, unpack
+from .vector import copy_bytes, full_vectors, pointer
+
+FIELDS = 23
+_OUTPUTS, _INPUTS, _NNZ, _VALUES, _COPY, _BIAS, _RELU = range(7)
+_BLOCKS, _SLICES, _STEPS, _SLICE_COLUMNS, _SLICE_VALUES, _SOURCE, _POSITIONS, _SLOTS = range(7, 15)
+_PANELS, _UNIT_BLOCKS, _PER_PANEL, _UNITS, _UNIT_COLUMNS, _UNIT_VALUES, _STARTS, _READY = range(15, FIELDS)
+_IN_SLICES, _IN_UNITS = 1, 2  # bits of _READY
+_BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
+_WIDE = (0,)  # registers for 128 columns
+
+
+@intrinsic
+def _multiply_slices(
+    typingctx: Any, wide: Any, steps: Any, slices: Any, columns: Any, values: Any, x: Any, sums: Any
+) -> Any:
+    """sums[16 s + lane] = sum over j < steps[s] of values[slot] * x[columns[slot]], slot = 16 (steps before s + j) + lane."""
+    element = element_type(x.dtype)
+    i64 = ir.IntType(64)
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, counts, count, cols, vals, block, out = args
+        table = lookup_table(builder, block, element, len(wide))
+        outer = Loop(builder, count, [ir.Constant(i64, 0)])
+        many = builder.sext(builder.load(builder.gep(counts, [outer.j])), i64)
+        begin = outer.carried[0]
+        end = builder.add(begin, builder.mul(many, ir.Constant(i64, LANES)))
+        none = filled(ir.VectorType(element, LANES), 0.0)
+        live = filled(ir.VectorType(ir.IntType(1), LANES), 1)
+        inner = Loop(builder, end, [none], first=begin, stride=LANES)
+        numbers = vector_at(builder, cols, inner.j, ir.IntType(8), 1)
+        value = vector_at(builder, vals, inner.j, element, element_size(element))
+        found = lookup(builder, table, block, numbers, element, live)
+        inner.end([fused(builder, value, found, inner.carried[0])])
+        place = builder.mul(outer.j, ir.Constant(i64, LANES))
+        store_vector(builder, inner.carried[0], out, place, element_size(element))
+        outer.end([end])
+        return ctx.get_dummy_value()
+
+    return types.void(wide, steps, types.int64, columns, values, x, sums), codegen
+
+
+@jit()
+def _differs(one, other, size):
+    """Whether two stretches of `size` bytes, a multiple of 8, differ."""
+    full_vectors()
+    a, b = carray(pointer(np.uintp(one), int64), size // 8), carray(pointer(np.uintp(other), int64), size // 8)
+    found = np.int64(0)
+    for i in range(size // 8):
+        found |= a[i] ^ b[i]
+    return found != 0
+
+
+@jit()
+def _differs_anywhere(one, other, size):
+    even = size // 8 * 8
+    a, b = carray(pointer(np.uintp(one), uint8), size), carray(pointer(np.uintp(other), uint8), size)
+    for i in range(even, size):
+        if a[i] != b[i]:
+            return True
+    return _differs(one, other, even)
+
+
+@jit()
+def _fill_slices(kind, layer):
+    """The values in the order of the slices."""
+    values = storage_pointer(layer[_VALUES], kind)
+    source, out = storage_pointer(layer[_SOURCE], PLACES), compute_pointer(layer[_SLICE_VALUES], kind)
+    for slot in range(layer[_SLOTS]):
+        place = np.int64(source[slot])
+        value = load(values, max(place, np.int64(0)))
+        store(out, slot, value if place >= 0 else ZERO)
+
+
+@jit()
+def _fill_units(kind, layer, cursor):
+    """The values in the order of the units."""
+    panels, blocks, per_panel = layer[_PANELS], layer[_UNIT_BLOCKS], layer[_PER_PANEL]
+    panel = per_panel * ROWS
+    units, columns = storage_pointer(layer[_UNITS], _RECORDS), storage_pointer(layer[_UNIT_COLUMNS], _BYTES)
+    out = compute_pointer(layer[_UNIT_VALUES], kind)
+    source = (layer[_VALUES], layer[_STARTS], layer[_NNZ], 0)
+    for p in range(panels):
+        begin_rows(source, p * panel, min(layer[_OUTPUTS] - p * panel, panel), cursor)
+        for kb in range(blocks):
+            records = shifted(units, (p * blocks + kb) * per_panel * 4)
+            fetch(source, kind, records, per_panel, columns, p * panel, kb, cursor, shifted(out, np.int64(records[3])))
+
+
+@jit()
+def _refresh(kind, itemsize, plan, form, scratch):
+    """Bring the values of every layer into the order of `form`, where they are not, or have changed."""
+    for i in range(plan.shape[0]):
+        layer = plan[i]
+        size = layer[_NNZ] * itemsize
+        if layer[_READY] and _differs_anywhere(layer[_VALUES], layer[_COPY], size):
+            layer[_READY] = 0
+        if not layer[_READY]:
+            copy_bytes(np.uintp(layer[_COPY]), np.uintp(layer[_VALUES]), np.uintp(size))
+        if not layer[_READY] & form:
+            if form == _IN_SLICES:
+                _fill_slices(kind, layer)
+            else:
+                _fill_units(kind, layer, storage_pointer(scratch, STARTS))
+            layer[_READY] |= form
+
+
+@jit()
+def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch):
+    """One batch row after another. size: elements of each of the three buffers in `scratch`."""
+    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    _refresh(kind, itemsize, plan, _IN_SLICES, scratch)
+    block = len(wide) * REGISTER_COLUMNS
+    source, out = storage_pointer(x_at, kind), storage_pointer(y_at, kind)
+    buffer = compute_pointer(scratch, kind)
+    partial = shifted(buffer, 2 * size)
+    inputs, outputs = plan[0, _INPUTS], plan[layers - 1, _OUTPUTS]
+    for b in range(rows):
+        for k in range(inputs):
+            store(buffer, k, load(source, b * inputs + k))
+        for k in range(inputs, plan[0, _BLOCKS] * block):
+            store(buffer, k, ZERO)
+        for i in range(layers):
+            layer = plan[i]
+            N, blocks, slices = layer[_OUTPUTS], layer[_BLOCKS], layer[_SLICES]
+            x, y = shifted(buffer, i % 2 * size), shifted(buffer, (i + 1) % 2 * size)
+            steps, positions = storage_pointer(layer[_STEPS], _RECORDS), storage_pointer(layer[_POSITIONS], _RECORDS)
+            columns = storage_pointer(layer[_SLICE_COLUMNS], _BYTES)
+            values, bias = compute_pointer(layer[_SLICE_VALUES], kind), storage_pointer(layer[_BIAS], kind)
+            slot = np.int64(0)
+            for kb in range(blocks):
+                here = shifted(steps, kb * slices)
+                sums = shifted(partial, kb * slices * LANES)
+                _multiply_slices(
+                    wide, here, slices, shifted(columns, slot), shifted(values, slot), shifted(x, kb * block), sums
+                )
+                for s in range(slices):
+                    slot += LANES * np.int64(here[s])
+            for n in range(N):
+                total = load(bias, n) if layer[_BIAS] else ZERO
+                for kb in range(blocks):
+                    total += load(partial, np.int64(positions[n * blocks + kb]))
+                if layer[_RELU] and total < ZERO:
+                    total = ZERO
+                store(y, n, total)
+            if i + 1 < layers:
+                for k in range(N, plan[i + 1, _BLOCKS] * block):
+                    store(y, k, ZERO)
+        y = shifted(buffer, layers % 2 * size)
+        for n in range(outputs):
+            store(out, b * outputs + n, load(y, n))
+
+
+@jit()
+def _many(width, kind, plan, x_at, y_at, rows, parts, size, scratch):
+    """Batch blocks parts[0]..parts[1] through all layers. size: elements of each of the two tiles in `scratch`."""
+    layers, lanes = plan.shape[0], len(width) * LANES
+    inputs, outputs = plan[0, _INPUTS], plan[layers - 1, _OUTPUTS]
+    tiles = compute_pointer(scratch, kind)
+    for part in range(parts[0], parts[1]):
+        b = part * lanes
+        pack(width, shifted(storage_pointer(x_at, kind), b * inputs), inputs, 1, rows - b, inputs, tiles)
+        for i in range(layers):
+            layer = plan[i]
+            x_tile, y_tile = shifted(tiles, i % 2 * size), shifted(tiles, (i + 1) % 2 * size)
+            N, K, per_panel, blocks = layer[_OUTPUTS], layer[_INPUTS], layer[_PER_PANEL], layer[_UNIT_BLOCKS]
+            panel, padded = per_panel * ROWS, layer[_PANELS] * per_panel * ROWS
+            block = BLOCK if blocks == (K + BLOCK - 1) // BLOCK else WIDE_BLOCK
+            units, columns = storage_pointer(layer[_UNITS], _RECORDS), storage_pointer(layer[_UNIT_COLUMNS], _BYTES)
+            values = compute_pointer(layer[_UNIT_VALUES], kind)
+            start_sums(width, storage_pointer(layer[_BIAS], kind), layer[_BIAS] != 0, N, padded, y_tile)
+            for kb in range(blocks):
+                x_block = shifted(x_tile, kb * block * lanes)
+                for p in range(layer[_PANELS]):
+                    records = shifted(units, (p * blocks + kb) * per_panel * 4)
+                    slot = np.int64(records[3])
+                    for u in range(per_panel):
+                        steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
+                        multiply_unit(
+                            width,
+                            shifted(columns, slot),
+                            shifted(values, slot),
+                            x_block,
+                            shifted(y_tile, p * panel * lanes),
+                            np.uint32(records[4 * u]),
+                            steps,
+                        )
+                        slot += ROWS * steps
+            if layer[_RELU]:
+                for j in range(N * lanes):
+                    value = load(y_tile, j)
+                    store(y_tile, j, ZERO if value < ZERO else value)
+        unpack(
+            width,
+            shifted(tiles, layers % 2 * size),
+            outputs,
+            rows - b,
+            shifted(storage_pointer(y_at, kind), b * outputs),
+            outputs,
+        )
+
+
+@jit()
+def _many_serial(itemsize, width, kind, plan_at, layers, x_at, y_at, rows, parts, size, scratch):
+    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    _refresh(kind, itemsize, plan, _IN_UNITS, scratch)
+    _many(width, kind, plan, x_at, y_at, rows, (0, parts), size, scratch)
+
+
+@jit(parallel=True)
+def _many_parallel(workers, bytes_each, itemsize, width, kind, plan_at, layers, x_at, y_at, rows, parts, size, scratch):
+    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    _refresh(kind, itemsize, plan, _IN_UNITS, scratch)
+    for t in prange(workers):
+        share = (parts * t // workers, parts * (t + 1) // workers)
+        _many(width, kind, plan, x_at, y_at, rows, share, size, scratch + t * bytes_each)
+
+
+@jit()
+def _index_slices(mask_at, sizes, block, steps, positions, columns, source, fill):
+    """The slices of a mask (N, K): rows by count in every block of columns, 16 a slice. Returns the slots; writes them if `fill`."""
+    N, K = sizes
+    mask = carray(pointer(np.uintp(mask_at), uint8), (N, K))
+    blocks, slices = steps.shape
+    before, counts = np.zeros(N, np.int64), np.empty(N, np.int64)
+    starts = np.zeros(N, np.int64)
+    for n in range(1, N):
+        starts[n] = starts[n - 1]
+        for k in range(K):
+            starts[n] += mask[n - 1, k]
+    slot = np.int64(0)
+    for kb in range(blocks):
+        k0, k1 = kb * block, min(K, kb * block + block)
+        for n in range(N):
+            counts[n] = 0
+            for k in range(k0, k1):
+                counts[n] += mask[n, k]
+        order = np.argsort(-counts, kind="mergesort")
+        for s in range(slices):
+            most = counts[order[s * LANES]]
+            steps[kb, s] = most
+            for lane in range(LANES):
+                at = s * LANES + lane
+                if at < N:
+                    positions[order[at], kb] = kb * slices * LANES + at
+                if not fill:
+                    continue
+                found = np.int64(0)
+                if at < N:
+                    n = order[at]
+                    for k in range(k0, k1):
+                        if mask[n, k]:
+                            columns[slot + LANES * found + lane] = k - k0
+                            source[slot + LANES * found + lane] = starts[n] + before[n] + found
+                            found += 1
+                for j in range(found, most):
+                    columns[slot + LANES * j + lane] = 0
+                    source[slot + LANES * j + lane] = -1
+            slot += LANES * most
+        for n in range(N):
+            before[n] += counts[n]
+    return slot
+
+
+def slices_of(mask: Tensor) -> list[Tensor]:
+    """[steps (blocks, slices), positions (N, blocks), columns (slots,) uint8, source (slots,)] of a bool mask (N, K), int32 else.
+
+    source: the row-major number of each slot's survivor, or -1.
+    """
+    N, K = mask.shape
+    blocks, slices = -(-K // REGISTER_COLUMNS), -(-N // LANES)
+    steps = torch.empty((blocks, slices), dtype=torch.int32)
+    positions = torch.empty((N, blocks), dtype=torch.int32)
+    mask = mask.contiguous()
+    arguments = mask.data_ptr(), (N, K), REGISTER_COLUMNS, steps.numpy(), positions.numpy()
+    none = np.empty(0, np.uint8), np.empty(0, np.int32)
+    slots = _index_slices(*arguments, *none, False)
+    columns, source = torch.empty(slots, dtype=torch.uint8), torch.empty(slots, dtype=torch.int32)
+    _index_slices(*arguments, columns.numpy(), source.numpy(), True)
+    return [steps, positions, columns, source]
+
+
+class Plan:
+    """A run of layers as the kernels read it: memory, and the addresses of parameters as they were last seen.
+
+    layers: (values (nnz, 1), bias or None, mask (N, K) bool, index [units, columns, starts], relu), all on the CPU and
+    contiguous, of one dtype.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor | None, Tensor, list[Tensor], bool]]) -> None:
+        self.dtype = layers[0][0].dtype
+        self.inputs, self.outputs = layers[0][2].shape[1], layers[-1][2].shape[0]
+        self.slots = sum(index[1].numel() for _, _, _, index, _ in layers)
+        self.nnz, self.weights = sum(v.numel() for v, *_ in layers), sum(mask.numel() for _, _, mask, *_ in layers)
+        self.fields = torch.zeros((len(layers), FIELDS), dtype=torch.int64)
+        self.kept: list[Tensor] = []
+        compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.itemsize, self.bytes = self.dtype.itemsize, compute.itemsize
+        few, tile, rows = 0, self.inputs, 0
+        for fields, (values, bias, mask, (units, columns, starts), relu) in zip(self.fields, layers, strict=True):
+            (N, K), (panels, unit_blocks, per_panel, _) = mask.shape, units.shape
+            steps, positions, slice_columns, source = slices_of(mask)
+            blocks, slices = steps.shape
+            few = max(few, blocks * REGISTER_COLUMNS, N, blocks * slices * LANES)
+            tile = max(tile, panels * per_panel * ROWS)
+            rows = max(rows, per_panel * ROWS)
+            in_slices = torch.empty(source.numel(), dtype=compute)
+            in_units = torch.empty(columns.numel() + SLACK, dtype=compute)
+            copy = torch.empty_like(values)
+            self.kept += [steps, positions, slice_columns, source, in_slices, in_units, copy, units, columns, starts]
+            at = [t.data_ptr() for t in self.kept[-10:]]
+            fields[:] = torch.tensor(
+                [N, K, values.numel(), values.data_ptr(), at[6], 0 if bias is None else bias.data_ptr(), relu]
+                + [blocks, slices, at[0], at[2], at[4], at[3], at[1], source.numel()]
+                + [panels, unit_blocks, per_panel, at[7], at[8], at[5], at[9], 0]
+            )
+        self.few, self.tile, self.rows = -(-few // LANES) * LANES, tile, rows
+        self.address, self.layers, self.kind = self.fields.data_ptr(), len(layers), KINDS[self.dtype]
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """y (B, outputs) of a contiguous x (B, inputs); both of the plan's dtype."""
+        rows = x.shape[0]
+        x_at, y_at = x.data_ptr(), y.data_ptr()
+        if rows <= FEW:
+            memory = working_memory(3 * self.few * self.bytes)
+            _few(
+                *(self.kind, self.itemsize, _WIDE, self.address, self.layers, x_at, y_at, rows, self.few),
+                memory.data_ptr(),
+            )
+            return y
+        width = widths_of(rows)
+        lanes = len(width) * LANES
+        parts, size = -(-rows // lanes), self.tile * lanes
+        workers = min(threads(), parts) if self.slots * rows >= SERIAL else 1
+        bytes_each = max(2 * size * self.bytes, -(-8 * self.rows // 64) * 64)
+        memory = working_memory(workers * bytes_each)
+        shared = (self.itemsize, width, self.kind, self.address, self.layers, x_at, y_at, rows, parts, size)
+        if workers > 1:
+            _many_parallel(workers, bytes_each, *shared, memory.data_ptr())
+        else:
+            _many_serial(*shared, memory.data_ptr())
+        return y
