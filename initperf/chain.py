@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def fuse(module: nn.Module) -> None:
         module.__class__ = SparseSequential
     elif not compressed and type(module) is SparseSequential:
         module.__dict__.pop("_parts", None)
-        module.__class__ = nn.Sequential
+        cast(nn.Module, module).__class__ = nn.Sequential
 
 
 class _Parts(NamedTuple):

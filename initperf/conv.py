@@ -75,7 +75,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             # torch.func's transforms (vmap, jvp, grad) know torch's own convolution
             return self._conv_forward(input, weight.masked_fill(~self.weight_mask, 0), self.bias)
         # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
-        return convolved(self, input, weight, self.weight_mask, pattern.tensors, self._is_own(weight))
+        return convolved(self, input, weight, self.weight_mask, pattern, self._is_own(weight))
 
 
 class SparseConv2d(SparseLayer):
@@ -154,7 +154,7 @@ class SparseConv2d(SparseLayer):
             flat = torch.zeros(self.weight_shape.numel(), dtype=values.dtype, device=values.device)
             weight = flat.scatter(0, places, values.flatten()).view(self.weight_shape)
             return nn.Conv2d._conv_forward(cast(nn.Conv2d, self), input, weight, self.bias)
-        return convolved(self, input, values, pattern.survivors, pattern.tensors, False)
+        return convolved(self, input, values, pattern.survivors, pattern, False)
 
     def extra_repr(self) -> str:
         return f"{nn.Conv2d.extra_repr(cast(nn.Conv2d, self))}, {super().extra_repr()}"
@@ -182,7 +182,7 @@ def check_images(layer: Any, input: object, dtype: torch.dtype) -> None:
 
 
 def convolved(
-    layer: Any, input: Tensor, weight: Tensor, survivors: Tensor, pattern: list[Tensor], premasked: bool
+    layer: Any, input: Tensor, weight: Tensor, survivors: Tensor, pattern: ConvPattern, premasked: bool
 ) -> Tensor:
     """The convolution of `layer`, of the class and with the attributes of nn.Conv2d, with `weight` as the ops take it."""
     x = input if input.dim() == 4 else input.unsqueeze(0)

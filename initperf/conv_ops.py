@@ -39,8 +39,12 @@ class ConvPattern(Pattern):
     survivors' positions in the flat weight, int32.
     """
 
+    masked = ("masked_conv2d_grad_weight", "onednn")
+
     def __init__(self, source: Tensor, mask: Tensor, groups: int) -> None:
         compressed = source is not mask
+        if not compressed:
+            self.mask = mask
         super().__init__(source, source.clone() if compressed else pack_bits(source))
         self.nnz = 0 if mask.is_meta else int(torch.count_nonzero(mask))
         self.density = self.nnz / mask.numel() if mask.numel() else 1.0
@@ -86,15 +90,25 @@ def _is_dense(name: str, batch: int, out: Ints, pattern: list[Tensor], shape: In
     return not (pattern and conv_pays(name, batch, out, shape, nnz, like.dtype, like.device.type, stride))
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, survivors: Tensor, pattern: ConvPattern, *rest: Any
+) -> Tensor:
     """The op masked_conv2d, without a dispatch to Python where nothing could tell the difference."""
+    index = pattern.tensors
     if not direct.plain(x):
-        return masked_conv2d(x, weight, bias, *rest)
-    if torch.is_grad_enabled() and (
+        return masked_conv2d(x, weight, bias, survivors, index, *rest)
+    if not torch.is_grad_enabled() or not (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Conv2d.apply(x, weight, bias, *rest)
-    return _masked_conv2d(x, weight, bias, *rest)
+        return _masked_conv2d(x, weight, bias, survivors, index, *rest)
+    shape, stride, padding, dilation, groups, premasked = rest
+    if premasked and x.is_cpu:
+        out = _out_size(x.shape[2:], shape, stride, padding, dilation)
+        sizes = {"masked_conv2d": out, "masked_conv2d_grad_input": x.shape[2:], "masked_conv2d_grad_weight": out}
+        if all(_is_dense(kind, len(x), size, index, shape, stride, x) for kind, size in sizes.items()):
+            ops.CALLS["masked_conv2d", _DENSE["cpu"]] += 1
+            return torch.conv2d(x, pattern.premasked(weight), bias, stride, padding, dilation, groups)
+    return _Conv2d.apply(x, weight, bias, survivors, index, *rest)
 
 
 def _out_size(size: Ints, shape: Ints, stride: Ints, padding: Ints, dilation: Ints) -> list[int]:
@@ -178,9 +192,9 @@ def _stored(dw: Tensor, survivors: Tensor) -> Tensor:
     """reference.stored; a mask on the CPU by our kernel."""
     if survivors.dtype != torch.bool or not dw.is_cpu or not dw.is_contiguous():
         return reference.stored(dw, survivors)
-    from initperf.kernels.cpu.masked_matmul import mask_in_place
+    from initperf.kernels.cpu.masking import zero_pruned
 
-    return mask_in_place(dw, survivors)
+    return zero_pruned(dw, survivors)
 
 
 class _Conv2d(torch.autograd.Function):

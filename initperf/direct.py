@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from initperf import ops
+
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -17,7 +19,7 @@ _is_autocast_enabled = torch.is_autocast_enabled
 
 
 def plain(x: Tensor) -> bool:
-    """Whether only autograd can be listening to an op on `x`: no mode, no transform, no tracing (of compilers and torch.jit), no autocast, no subclass."""
+    """Whether `x` has memory of its own and only autograd can be listening to an op on it: no mode, no transform, no tracing (of compilers and torch.jit), no autocast, no subclass."""
     on_cpu = x.is_cpu
     return (
         type(x) is Tensor
@@ -28,15 +30,25 @@ def plain(x: Tensor) -> bool:
         and _function_transform() is None
         and _tracing_state() is None
         and not _is_autocast_enabled("cpu" if on_cpu else "cuda")
+        and _has_memory(x)
     )
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Not so for the gradients of torch.autograd.grad(..., is_grads_batched=True), which are many in one."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 TINY = 1 << 14  # weights up to which three ops of torch take less time than Python's part of an autograd.Function
 
 
-def composed(x: Tensor, weights: int) -> bool:
-    """Whether a layer whose products are all dense is best left to torch's own ops and their gradients."""
-    return weights <= TINY and x.is_cpu and torch.is_grad_enabled() and plain(x)
+def composed(x: Tensor, weights: int, most: int = TINY) -> bool:
+    """Whether a layer of at most `most` weights, whose products are all dense, is left to torch's own ops and their gradients."""
+    return weights <= most and x.is_cpu and torch.is_grad_enabled() and plain(x)
 
 
 def below(op: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -47,6 +59,8 @@ def below(op: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
         return op(*args)
 
 
-def backward(op: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
-    """An op as a backward calls it: with gradients of its own only under create_graph."""
-    return run(*args) if not torch.is_grad_enabled() and plain(args[0]) else op(*args)
+def backward(op: Any, run: Callable[..., Tensor], *args: Any, reference: Callable[..., Tensor] | None = None) -> Tensor:
+    """An op as a backward calls it: with gradients of its own only under create_graph, and of many gradients at once by torch's ops."""
+    if not torch.is_grad_enabled() and plain(args[0]):
+        return run(*args)
+    return op(*args) if _has_memory(args[0]) or _is_compiling() else (reference or ops.reference(op))(*args)

@@ -51,9 +51,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         pattern = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
-        own, mask = self._parameters.get, cast(Tensor, self._buffers["weight_mask"])  # sooner than attributes
-        weight: Tensor = self.weight if (found := own("weight")) is None else found
-        bias: Tensor | None = self.bias if (found := own("bias")) is None else found
+        found, mask = self._parameters.get, cast(Tensor, self._buffers["weight_mask"])  # sooner than attributes
+        weight: Tensor = self.weight if (kept := found("weight")) is None else kept
+        bias: Tensor | None = self.bias if (kept := found("bias")) is None else kept
         check_input(input, self.in_features, weight.dtype)
         shape = input.shape
         if pattern.density == 1.0:  # nothing to mask, in the gradient either
@@ -62,13 +62,14 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             # torch.func's transforms (vmap, jvp, grad) know torch's own product
             return nn.functional.linear(input, weight.masked_fill(~mask, 0), bias)
-        rows, columns = self.out_features, self.in_features
-        if direct.composed(flat, rows * columns) and choice.all_dense(
+        rows, columns, own = self.out_features, self.in_features, self._is_own(weight)
+        if direct.composed(flat, rows * columns, masked_ops.MOST_COMPOSED if own else direct.TINY) and choice.all_dense(
             "masked", len(flat), (rows, columns), pattern.nnz, weight.dtype
         ):
             ops.CALLS["masked_linear", "mkl"] += 1
-            return nn.functional.linear(input, torch.where(mask, weight, 0), bias)
-        y = masked_ops.linear(flat, weight, bias, mask, pattern.tensors, self._is_own(weight))
+            weight = pattern.premasked(weight) if own else torch.where(mask, weight, 0)
+            return nn.functional.linear(input, weight, bias)
+        y = masked_ops.linear(flat, weight, bias, mask, pattern.tensors, own)
         return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
 
 

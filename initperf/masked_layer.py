@@ -133,13 +133,10 @@ class MaskedLayer(nn.Module):
         Told on the CPU (elsewhere it would wait for the device) by three pruned places, which steps of optimizers leave 0.
         """
         weight = self._parameters.get("weight")
-        if not self._probes or type(weight) is not nn.Parameter or not weight.is_cpu or not self._is_own(weight):
-            return False
-        state = _state_of(weight)
-        if state == self._seen:
+        if not self._probes or (state := _state_of(weight)) is None or state == self._seen or not self._is_own(weight):
             return False
         self._seen = state
-        return any(_is_set(weight, place) for place in self._probes)
+        return any(_is_set(cast(Tensor, weight), place) for place in self._probes)
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask: pruned weights become 0, revived ones start at 0. Optimizer state made before: mask_optimizer_."""
@@ -317,14 +314,19 @@ def _state_of(weight: Tensor | None) -> tuple[int, int] | None:
     return -1 if weight.is_inference() else weight._version, weight.data_ptr()
 
 
-_WORDS: dict[int, Any] = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+_WORDS: dict[int, tuple[Any, int]] = {
+    size: (word, (1 << (8 * size - 1)) - 1)
+    for size, word in ((2, ctypes.c_uint16), (4, ctypes.c_uint32), (8, ctypes.c_uint64))
+}
 
 
 def _is_set(weight: Tensor, place: int) -> bool:
     """Whether the value at a row-major position is neither 0 nor -0, read from memory: an op of torch takes ten times longer."""
-    offset = 0
-    for size, stride in zip(reversed(weight.shape), reversed(weight.stride()), strict=True):
-        place, at = divmod(place, size)
-        offset += at * stride
-    word = _WORDS[weight.element_size()].from_address(weight.data_ptr() + offset * weight.element_size())
-    return bool(word.value & ((1 << (8 * weight.element_size() - 1)) - 1))
+    size, offset = weight.element_size(), place
+    if not weight.is_contiguous():
+        offset = 0
+        for length, stride in zip(reversed(weight.shape), reversed(weight.stride()), strict=True):
+            place, at = divmod(place, length)
+            offset += at * stride
+    word, magnitude = _WORDS[size]
+    return bool(word.from_address(weight.data_ptr() + offset * size).value & magnitude)

@@ -21,6 +21,9 @@ from initperf.choice import sparse_pays
 from initperf.reference import masked_matmul as reference
 
 _DENSE = {"cpu": "mkl", "cuda": "cublas"}
+MOST_COMPOSED = (
+    1 << 22
+)  # weights, as far as a gradient lies in the caches when it is masked; beyond, kept memory pays (memory.py)
 
 
 def _run(name: str, rows: int, like: Tensor, mask: Tensor, pattern: list[Tensor], *args: Any) -> Tensor:

@@ -27,12 +27,17 @@ def _available(compiler: str) -> bool:
     return find_spec(compiler) is not None
 
 
+@cache
+def _exists(module: str) -> bool:
+    return find_spec(module) is not None
+
+
 def backend_of(name: str, device_type: str) -> str:
     """Which implementation runs op `name` on "cpu" or "cuda": "numba", "triton" or "reference" (INITPERF_BACKEND=reference forces the last)."""
     compiler, package = _BACKENDS.get(device_type, ("", ""))
     if not compiler or os.environ.get("INITPERF_BACKEND") == "reference" or not _available(compiler):
         return "reference"
-    return compiler if find_spec(f"{package}.{MODULES[name]}") is not None else "reference"
+    return compiler if _exists(f"{package}.{MODULES[name]}") else "reference"
 
 
 @cache
@@ -48,6 +53,13 @@ def implementation(name: str, device_type: str) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     return counted
+
+
+def reference(op: Any) -> Callable[..., Any]:
+    """The implementation of an OpOverload in plain torch, which every transform of torch knows."""
+    name = op._schema.name.split("::")[1]
+    function: Callable[..., Any] = getattr(import_module(f"initperf.reference.{MODULES[name]}"), name)
+    return function
 
 
 def register(name: str, module: str) -> None:

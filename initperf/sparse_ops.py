@@ -86,6 +86,10 @@ def _sparse_grad_values(dy: Tensor, x: Tensor, bits: Tensor, nnz: int, pattern: 
     return ops.implementation("sparse_grad_values", x.device.type)(dy, x, bits, pattern)
 
 
+def _reference_grad_values(dy: Tensor, x: Tensor, bits: Tensor, nnz: int, pattern: list[Tensor]) -> Tensor:
+    return ops.reference(sparse_grad_values)(dy, x, bits, pattern)
+
+
 sparse_linear = ops.define(
     "sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor bits, int rows, Tensor[] pattern) -> Tensor",
     module="sparse_linear",
@@ -122,7 +126,8 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         products = (sparse_grad_input, _sparse_grad_input), (sparse_grad_values, _sparse_grad_values)
         dx = direct.backward(*products[0], dy, values, bits, x.shape[1], pattern) if needs_x else None
-        dv = direct.backward(*products[1], dy, x, bits, values.shape[0], pattern) if needs_values else None
+        args = (dy, x, bits, values.shape[0], pattern)
+        dv = direct.backward(*products[1], *args, reference=_reference_grad_values) if needs_values else None
         return dx, dv, dy.sum(0) if needs_bias else None, None, None, None
 
 

@@ -468,3 +468,15 @@ def test_the_seed_gives_survivors_the_values_they_have_in_the_dense_layer():
     assert torch.equal(layers[0].weight, layers[1].weight)
     assert torch.equal(layers[0].bias, layers[1].bias)
     assert layers[0].weight.abs().max() <= (6 * 9) ** -0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_gradients_at_once(kind, path):
+    layer = kind(3, 5, 3, mask=torch.rand(5, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.4)
+    x, dy = torch.randn(2, 3, 6, 6, requires_grad=True), torch.randn(4, 2, 5, 4, 4)
+    inputs = (x, *layer.parameters())
+    y = layer(x)
+    found = torch.autograd.grad(y, inputs, dy, is_grads_batched=True, retain_graph=True)
+    for i in range(4):
+        for one, many in zip(torch.autograd.grad(y, inputs, dy[i], retain_graph=True), found, strict=True):
+            torch.testing.assert_close(many[i], one)

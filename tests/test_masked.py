@@ -10,12 +10,13 @@ from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from initperf import direct
+from initperf import direct, masked_ops
 from initperf.checks import InitPerfError
 from initperf.choice import prefer
 from initperf.convert import check_masks, densify, masked_layers, sparsify
 from initperf.masked import MaskedLinear
 from initperf.optimizer_masks import mask_optimizer_
+from initperf.pattern import pack_bits
 
 pytest.importorskip("numba")
 
@@ -32,9 +33,10 @@ def layer():
 
 @pytest.fixture(params=["kernel", "dense", "small"])
 def path(request, monkeypatch):
-    """Both products that an op may choose, and what small layers leave to torch's own ops."""
+    """Both products that an op may choose, and what is left to torch's own ops, with a hook on the gradient."""
     if request.param == "dense":
         monkeypatch.setattr(direct, "TINY", 0)
+        monkeypatch.setattr(masked_ops, "MOST_COMPOSED", 0)
     with prefer("sparse" if request.param == "kernel" else "dense"):
         yield
 
@@ -562,3 +564,97 @@ def test_a_parameter_that_is_assigned_is_masked(layer, path):
     assert not bits(layer.weight)[~layer.weight_mask].any()
     x = torch.randn(5, 20)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_gradients_are_masked_however_they_are_asked_for(layer, path):
+    pruned, x = ~layer.weight_mask, torch.randn(7, 20)
+    dense = layer.to_linear()
+    (want,) = torch.autograd.grad(dense(x).pow(2).sum(), dense.weight)
+    want = want.masked_fill(pruned, 0)
+    loss = layer(x).pow(2).sum()
+    (first,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+    for found in (first, again):
+        assert not bits(found)[pruned].any()
+        torch.testing.assert_close(found, want)
+    loss.backward()
+    layer(x).pow(2).sum().backward()  # accumulates
+    assert not layer.weight.grad[pruned].any()
+    torch.testing.assert_close(layer.weight.grad, 2 * want)
+
+
+def test_a_layer_called_twice_in_one_graph(layer, path):
+    x, dense = torch.randn(7, 20), layer.to_linear()
+    (layer(x).sum() * layer(x + 1).pow(2).sum()).backward()
+    (dense(x).sum() * dense(x + 1).pow(2).sum()).backward()
+    torch.testing.assert_close(layer.weight.grad, dense.weight.grad.masked_fill(~layer.weight_mask, 0))
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+
+
+def test_hooks_on_the_weight_see_masked_gradients(layer, path):
+    seen = []
+    layer.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    layer(torch.randn(7, 20)).sum().backward()
+    assert len(seen) == 1
+    assert not seen[0][~layer.weight_mask].any()
+
+
+def test_many_gradients_at_once(layer, path):
+    x, dy = torch.randn(7, 20, requires_grad=True), torch.randn(3, 7, 30)
+    y = layer(x)
+    found = torch.autograd.grad(y, (x, layer.weight, layer.bias), dy, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        for one, many in zip(
+            torch.autograd.grad(y, (x, layer.weight, layer.bias), dy[i], retain_graph=True), found, strict=True
+        ):
+            torch.testing.assert_close(many[i], one)
+
+
+def test_a_mask_changed_between_forward_and_backward_raises(layer, path):
+    loss = layer(torch.randn(7, 20)).sum()
+    layer.set_mask(~layer.weight_mask)
+    with pytest.raises(RuntimeError, match="mask|modified"):
+        loss.backward()
+    assert layer.weight.grad is None
+
+
+def test_frozen_weights_and_frozen_biases(layer, path):
+    layer.weight.requires_grad_(False)
+    x = torch.randn(7, 20, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(7, 20))
+    assert layer.weight.grad is None
+    layer.weight.requires_grad_(True)
+    layer.bias.requires_grad_(False)
+    layer.bias.grad = None
+    layer(x.detach()).sum().backward()
+    assert layer.bias.grad is None
+    assert not layer.weight.grad[~layer.weight_mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5), (31, 33), (600, 500)])
+def test_the_gradient_of_every_dtype_and_size_is_masked_in_place(dtype, shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    layer = MaskedLinear(shape[1], shape[0], dtype=dtype, mask=mask)
+    dense = layer.to_linear()
+    x = torch.randn(4, shape[1]).to(dtype)
+    with prefer("dense"):
+        layer(x).sum().backward()
+    dense(x).sum().backward()
+    assert torch.equal(layer.weight.grad, dense.weight.grad.masked_fill(~mask, 0))
+
+
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 1000, (1 << 18) + 5, (1 << 22) + 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_zero_pruned(size, dtype):
+    from initperf.kernels.cpu.masking import zero_pruned
+
+    mask, whole = torch.rand(size) < 0.5, torch.randn(size + 2).to(dtype)
+    whole[:] = torch.where(whole == 0, 1, whole)
+    for packed in (None, pack_bits(mask)):
+        copy = whole.clone()
+        zero_pruned(copy[1:-1], mask, packed)
+        want = torch.cat([whole[:1], whole[1:-1] * mask, whole[-1:]])
+        assert torch.equal(copy, want)
+        assert not bits(copy[1:-1])[~mask].any()

@@ -491,3 +491,13 @@ def test_a_masked_layer_refuses_a_damaged_compressed_checkpoint():
     with pytest.raises(RuntimeError):
         masked.load_state_dict(broken)
     assert all(torch.equal(v, before[n]) for n, v in masked.state_dict().items() if n != "bias")
+
+
+def test_many_gradients_at_once(layer, path):
+    x, dy = torch.randn(7, 20, requires_grad=True), torch.randn(3, 7, 30)
+    inputs = (x, layer.weight_values, layer.bias)
+    y = layer(x)
+    found = torch.autograd.grad(y, inputs, dy, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        for one, many in zip(torch.autograd.grad(y, inputs, dy[i], retain_graph=True), found, strict=True):
+            torch.testing.assert_close(many[i], one)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .masking import zero_pruned
 from .memory import gradient_memory
 from .products import correlate, multiply
-from .tiles import apply_mask
-
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def masked_linear(
@@ -41,13 +39,4 @@ def dense_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]
     if not out.numel():
         return out
     torch.mm(dy.t(), x, out=out)
-    return mask_in_place(out, mask)
-
-
-def mask_in_place(out: Tensor, mask: Tensor) -> Tensor:
-    """A contiguous tensor with 0 where the mask, of the same shape, is False; masked_fill_ takes tens of times longer."""
-    if not mask.is_contiguous():
-        return out.masked_fill_(~mask, 0)
-    words, survives = out.view(-1).view(_WORDS[out.element_size()]).numpy(), mask.view(-1).view(torch.uint8).numpy()
-    apply_mask(words, survives)  # on one thread: waking others takes longer, even for 16 million weights
-    return out
+    return zero_pruned(out, mask)

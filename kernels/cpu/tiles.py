@@ -126,10 +126,3 @@ def scatter(units, count, columns, sums, rows, width, out, stride, buffer, strea
             if streams:
                 for j in range(0, width, LANES):
                     stream(line, target, j)
-
-
-@jit()
-def apply_mask(words, mask):
-    """words = 0 where mask is 0; flat integer views."""
-    for i in range(words.size):
-        words[i] &= -words.dtype.type(mask[i])
