@@ -14,6 +14,7 @@ class Experiment(str, Enum):
     rescale = "rescale"
     larger_init = "larger-init"
     scratch = "scratch"
+    structured = "structured"
 
 
 class ImageSet(str, Enum):
@@ -27,7 +28,8 @@ def experiment(
         typer.Argument(
             help="width: networks of several widths pruned to equally many survivors. rescale: survivors scaled to the dense "
             "variance in four modes. larger-init: Xavier x 1, sqrt 2, sqrt 10 for the whole network. scratch: Liu et al., "
-            "training from scratch for equal epochs and equal compute, at two learning rates."
+            "training from scratch for equal epochs and equal compute, at two learning rates. structured: the same for whole units "
+            "that are pruned."
         ),
     ],
     data: Annotated[

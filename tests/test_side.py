@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import torch as safetensors
 
 from initperf.checks import InitPerfError
-from initperf.experiments import larger_init, rescaled, scratch, side, statements, width
+from initperf.experiments import larger_init, rescaled, scratch, side, statements, unit_pruning, width
 from initperf.experiments.data import digits
 from initperf.experiments.larger_init import growth, scaled_xavier
 from initperf.experiments.outcome import by_trial, compare, over_trials, read_rows
@@ -168,6 +169,41 @@ def test_scratch_e_is_what_a_search_calls_reinit(experiments, tmp_path):
         assert found == run.by_trial(level, "reinit", "final_test_accuracy")
 
 
+def test_units_of_least_incoming_norm_go_with_their_bias_and_outgoing_weights():
+    weight = torch.tensor([[1.0, -1.0], [0.1, 0.1], [-3.0, 0.0], [0.0, 2.0]])
+    state = {
+        "fc1.weight": weight,
+        "fc1.bias": torch.arange(4.0),
+        "fc2.weight": torch.arange(12.0).view(3, 4),
+        "fc2.bias": torch.arange(3.0),
+        "fc3.weight": torch.arange(6.0).view(2, 3),
+        "fc3.bias": torch.arange(2.0),
+    }
+    found = unit_pruning.prune_units(state, (2, 2))
+    assert torch.equal(found["fc1.weight"], weight[[0, 2]])  # norms 2, 0.2, 3, 2: of equal ones the first
+    assert torch.equal(found["fc1.bias"], torch.tensor([0.0, 2.0]))
+    assert torch.equal(found["fc2.weight"], torch.tensor([[4.0, 6.0], [8.0, 10.0]]))
+    assert torch.equal(found["fc2.bias"], torch.tensor([1.0, 2.0]))
+    assert torch.equal(found["fc3.weight"], torch.tensor([[1.0, 2.0], [4.0, 5.0]]))
+    assert torch.equal(state["fc1.weight"], weight)
+
+
+def test_fine_tuning_starts_where_the_large_network_ended(experiments, setting):
+    folder = experiments / "structured"
+    rows = read_rows(folder / "structured.csv")
+    trained = safetensors.load_file(folder / "large" / "trained-trial1.safetensors")
+    hidden = tuple(round(0.5 * width) for width in find("digits").hidden)
+    small = setting.make(hidden)
+    small.load_state_dict(unit_pruning.prune_units(trained, hidden))
+    start = Ticket.load(folder / "kept0.5-fine-tuned" / "tickets" / "trial1-level0.safetensors").weights()
+    for name, value in start.items():
+        assert torch.equal(value, small.get_parameter(name))
+    weights = {row["kept"]: row["weights"] for row in rows}
+    longer = {r["kept"]: r["compute"] for r in rows if r["network"] == "Scratch-B"}
+    assert longer[0.5] == pytest.approx(weights[1.0] / weights[0.5], abs=0.1)
+    assert longer[0.1] == 4
+
+
 @pytest.mark.parametrize("name", side.EXPERIMENTS)
 def test_every_experiment_leaves_numbers_a_figure_and_its_recipe(experiments, name):
     rows = read_rows(experiments / name / f"{name}.csv")
@@ -177,7 +213,7 @@ def test_every_experiment_leaves_numbers_a_figure_and_its_recipe(experiments, na
     about = json.loads((experiments / name / f"{name}.json").read_text())
     assert about["budget"] == "reduced budget"
     assert "CC BY 4.0" in about["attribution"]
-    assert {"width": 24, "rescale": 32, "larger-init": 18, "scratch": 40}[name] == len(rows)
+    assert {"width": 24, "rescale": 32, "larger-init": 18, "scratch": 40, "structured": 20}[name] == len(rows)
 
 
 def test_an_interrupted_experiment_goes_on_to_the_same_bits(experiments, tmp_path):
@@ -202,7 +238,13 @@ def test_another_seed_in_the_same_folder_is_refused(experiments, tmp_path):
 
 
 def test_tables_from_the_csv_file_are_those_that_were_printed(experiments):
-    modules = {"width": width, "rescale": rescaled, "larger-init": larger_init, "scratch": scratch}
+    modules = {
+        "width": width,
+        "rescale": rescaled,
+        "larger-init": larger_init,
+        "scratch": scratch,
+        "structured": unit_pruning,
+    }
     for name, module in modules.items():
         outcome, _ = run_experiment(name, out=experiments / name, **TINY, progress=quiet)
         again = module.tables(read_rows(experiments / name / f"{name}.csv"))
@@ -222,7 +264,7 @@ def test_rows_are_compared_by_trial():
 
 
 def test_unknown_experiments_and_data_are_named(tmp_path):
-    with pytest.raises(InitPerfError, match="width, rescale, larger-init, scratch"):
+    with pytest.raises(InitPerfError, match="width, rescale, larger-init, scratch, structured"):
         run_experiment("depth", out=tmp_path)
     with pytest.raises(InitPerfError, match="digits or mnist"):
         run_experiment("width", "cifar10", out=tmp_path)

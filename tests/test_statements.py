@@ -253,10 +253,34 @@ def scratch_rows(small, large):
 
 def test_training_from_scratch_is_judged_at_both_learning_rates():
     as_liu = scratch_rows((0.95, 0.96, 0.90, 0.95), (0.97, 0.96, 0.96, 0.96))
-    assert [s.verdict for s in rethinking(as_liu)] == [*[REPRODUCED] * 4, NOT_TESTED]
+    assert [s.verdict for s in rethinking({"scratch": as_liu}, {})] == [*[REPRODUCED] * 4, NOT_TESTED]
     otherwise = scratch_rows((0.97, 0.90, 0.90, 0.90), (0.95, 0.96, 0.90, 0.90))
-    assert [s.verdict for s in rethinking(otherwise)] == [*[NOT_REPRODUCED] * 4, NOT_TESTED]
-    assert {s.verdict for s in rethinking(None)} == {NOT_TESTED}
+    assert [s.verdict for s in rethinking({"scratch": otherwise}, {})] == [*[NOT_REPRODUCED] * 4, NOT_TESTED]
+    assert {s.verdict for s in rethinking({}, {})} == {NOT_TESTED}
+
+
+def structured_rows(*values):
+    """By share of units: fine-tuned, Scratch-E, Scratch-B."""
+    networks = ("fine-tuned", "Scratch-E", "Scratch-B")
+    return rows_of(
+        [
+            ({"kept": share, "network": network}, value)
+            for share, accuracies in zip((0.5, 0.1), values, strict=True)
+            for network, value in zip(networks, accuracies, strict=True)
+        ]
+    )
+
+
+def test_structured_pruning_is_judged_at_every_share_of_units_and_for_equal_compute():
+    cases = [
+        ((0.9, 0.5, 0.9), (0.8, 0.5, 0.81), REPRODUCED),
+        ((0.9, 0.9, 0.9), (0.8, 0.8, 0.79), NOT_REPRODUCED),
+        ((0.9, 0.9, 0.88), (0.8, 0.8, 0.81), NOT_REPRODUCED),
+    ]
+    for *values, verdict in cases:
+        found = rethinking({"structured": structured_rows(*values)}, {"structured": "digits"})[-1]
+        assert (found.verdict, found.budget) == (verdict, "digits")
+        assert "50% of the units" in found.measured
 
 
 def rescale_rows(shuffled, rewound, gain):

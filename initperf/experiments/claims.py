@@ -19,6 +19,7 @@ from initperf.results import Run
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
 ENOUGH = 0.5  # of the paper's effect
+MATCHES = 0.005  # a network is as accurate as another where the difference's interval stays above minus half a point
 SAME_LEVEL = 0.11  # in log density: half a round of 20%
 
 
@@ -62,6 +63,13 @@ def decide(effect: Difference, claimed: float, size: float | None = None) -> str
         return NOT_REPRODUCED
     size = abs(effect.mean) if size is None else size
     return REPRODUCED if size >= ENOUGH * abs(claimed) else NOT_REPRODUCED
+
+
+def as_accurate(lead: Difference | None) -> str:
+    """lead: the accuracy of a network minus that of the one it is to match."""
+    if lead is None or lead.trials < 2:
+        return NOT_TESTED
+    return REPRODUCED if lead.low > -MATCHES else NOT_REPRODUCED
 
 
 def level_at(run: Run, density: float) -> int | None:

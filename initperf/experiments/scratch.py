@@ -60,14 +60,14 @@ def compute(density: float, most: float) -> float:
     return min(most, 1 / density)
 
 
-def scratch_rows(run: Run, level: int, until: int | None, **about: Any) -> list[dict[str, Any]]:
-    """The re-initialized networks of a level, each as if its training had ended at iteration `until`."""
+def scratch_rows(run: Run, level: int, until: int | None, kind: str = "reinit", **about: Any) -> list[dict[str, Any]]:
+    """The re-initialized (or other) networks of a level, each as if its training had ended at iteration `until`."""
     found = []
-    for trial in run.by_trial(level, "reinit", "iterations"):
+    for trial in run.by_trial(level, kind, "iterations"):
         points = [
             p
             for p in run.points
-            if (p.trial, p.level, p.kind) == (trial, level, "reinit") and (until is None or p.iteration <= until)
+            if (p.trial, p.level, p.kind) == (trial, level, kind) and (until is None or p.iteration <= until)
         ]
         best = min(points, key=lambda p: math.inf if math.isnan(p.val_loss) else p.val_loss)
         found.append(

@@ -40,6 +40,7 @@ EXPERIMENTS = {  # name -> module, function
     "rescale": ("rescaled", "run_rescale"),
     "larger-init": ("larger_init", "run_larger_init"),
     "scratch": ("scratch", "run_scratch"),
+    "structured": ("unit_pruning", "run_unit_pruning"),
 }
 VERSIONS = {"initperf": __version__, "torch": torch.__version__}
 
@@ -71,11 +72,12 @@ class Setting:
         recipe: Recipe | None = None,
         iterations: Callable[[Training], int] | None = None,
         controls: Sequence[str] = (),
+        after: Callable[[Training], None] | None = None,
         **about: Any,
     ) -> Run:
         """Run a ticket search in the folder `name`, or what is left of it, and read its results.
 
-        iterations: how long a network trains, the recipe's number if None; about: kept in config.json, so that another
+        iterations: how long a network trains, the recipe's number if None; after: gets each that was trained; about: kept in config.json, so that another
         value is refused in the same folder.
         """
         recipe = recipe or self.recipe
@@ -97,6 +99,8 @@ class Setting:
             self.progress(f"{name}: {search.done} of {total} networks")
             length = iterations(run) if iterations else recipe.iterations
             train(run, self.images, replace(recipe, iterations=length))
+            if after:
+                after(run)
         return read_run(self.out / name)
 
     def masks(self, name: str, level: int) -> list[Masks]:

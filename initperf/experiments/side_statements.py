@@ -14,6 +14,8 @@ from initperf.experiments.claims import (
     REPRODUCED,
     Statement,
     accuracy_statement,
+    all_of,
+    as_accurate,
     decide,
     untested,
 )
@@ -26,18 +28,21 @@ RETHINKING, REVIEW = "Liu et al. 2019", "review"
 Rows = list[dict[str, Any]]
 
 
-def rethinking(rows: Rows | None, budget: str = "") -> list[Statement]:
-    """Liu et al. 2019, from the rows of `initperf experiment scratch`."""
+def rethinking(experiments: Mapping[str, Rows], budgets: Mapping[str, str]) -> list[Statement]:
+    """Liu et al. 2019, from the rows of `initperf experiment scratch` and `structured`."""
+    unstructured = _unstructured(experiments.get("scratch"), budgets.get("scratch", ""))
+    return [*unstructured, _structured(experiments.get("structured"), budgets.get("structured", ""))]
+
+
+def _unstructured(rows: Rows | None, budget: str) -> list[Statement]:
     texts = (
         "Unstructured tickets beat training from scratch (Scratch-E) at the small learning rate",
         "At the large learning rate they do not",
         "The large learning rate is the more accurate one for the dense network",
         "At the large learning rate Scratch-B (equal compute) does as well as the ticket",
-        "For structured pruning, training the small network from scratch does as well",
     )
-    unstructured = untested(RETHINKING, texts[4], "no structured pruning here", budget)
     if not rows:
-        return [*(untested(RETHINKING, text, "no experiment scratch") for text in texts[:4]), unstructured]
+        return [untested(RETHINKING, text, "no experiment scratch") for text in texts]
     small, large = (pick(row["lr"] for row in rows) for pick in (min, max))
     sparsest = {lr: min(r["density"] for r in rows if r["lr"] == lr) for lr in (small, large)}
     leads = {
@@ -58,8 +63,28 @@ def rethinking(rows: Rows | None, budget: str = "") -> list[Statement]:
         _no_better(texts[1], leads[large, "Scratch-E"], first, budget),
         accuracy_statement(RETHINKING, texts[2], dense, 1, figure=False, budget=budget),
         _no_better(texts[3], leads[large, "Scratch-B"], first, budget),
-        unstructured,
     ]
+
+
+def _structured(rows: Rows | None, budget: str) -> Statement:
+    """As accurate as the fine-tuned network, for the same compute, at every share of units."""
+    text = "For structured pruning, training the small network from scratch (Scratch-B) does as well as fine-tuning it"
+    if not rows:
+        return untested(RETHINKING, text, "no experiment structured")
+    shares = sorted({row["kept"] for row in rows if row["network"] == "Scratch-B"}, reverse=True)
+    leads = {
+        (share, network): compare(
+            rows, ACCURACY, {"kept": share, "network": network}, {"kept": share, "network": "fine-tuned"}
+        )
+        for share in shares
+        for network in ("Scratch-B", "Scratch-E")
+    }
+    said = "; ".join(
+        f"{percent(share)} of the units: {points(leads[share, 'Scratch-B'])} points "
+        f"(Scratch-E {points(leads[share, 'Scratch-E'])})"
+        for share in shares
+    )
+    return Statement(RETHINKING, text, said, all_of(as_accurate(leads[s, "Scratch-B"]) for s in shares), budget)
 
 
 def _no_better(text: str, lead: Difference | None, small: Difference | None, budget: str) -> Statement:

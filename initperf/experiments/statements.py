@@ -2,7 +2,7 @@
 
 python -m initperf.experiments.statements RUN [--conv RUN2] [--experiments DIR] --out docs/results
 RUN: a run folder of LeNet-300-100 on MNIST; --conv (again for more): of Conv-2, -4, -6 on CIFAR-10; DIR: holds the folders
-of `initperf experiment`, width, rescale, larger-init and scratch, as far as they were run.
+of `initperf experiment`, width, rescale, larger-init, scratch and structured, as far as they were run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_results(
         "LeNet-300-100 on MNIST": lenet(main),
         "How weights move": movement(main),
         "Convolutional networks on CIFAR-10": convolutional(others),
-        "Training from scratch": rethinking(rows.get("scratch"), budgets.get("scratch", "")),
+        "Training from scratch": rethinking(rows, budgets),
         "Initial weights and width": review(rows, budgets),
     }
     folder = make_folder(out)

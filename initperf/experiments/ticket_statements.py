@@ -18,6 +18,7 @@ from initperf.experiments.claims import (
     Statement,
     accuracy_statement,
     all_of,
+    as_accurate,
     decide,
     level_at,
     sooner,
@@ -30,7 +31,6 @@ from initperf.paired import Difference
 from initperf.results import Run
 
 SOURCE = "Frankle & Carbin 2019"
-MATCHES = 0.005  # a network is as accurate as another where the difference's interval stays above minus half a point
 CONVOLUTIONAL = {  # times earlier, at; points better, at
     "conv2": (3.5, 0.088, 0.034, 0.046),
     "conv4": (3.5, 0.092, 0.035, 0.111),
@@ -110,8 +110,7 @@ def _matches(run: Run, text: str, level: int) -> Statement:
     lead = run.lead(level, "ticket", base=0)
     if lead is None or lead.trials < 2:
         return untested(SOURCE, text, points(lead), budget_of(run))
-    verdict = REPRODUCED if lead.low > -MATCHES else NOT_REPRODUCED
-    return Statement(SOURCE, text, f"{points(lead)} points against dense", verdict, budget_of(run))
+    return Statement(SOURCE, text, f"{points(lead)} points against dense", as_accurate(lead), budget_of(run))
 
 
 def _worse_from(run: Run, text: str, kind: str, density: float) -> Statement:
