@@ -51,7 +51,8 @@ CURVES = [
 _MOVED = [f"{part}_{name}" for part in ("kept", "pruned") for name in ("moved", "grew", "flipped")]
 MOVEMENT = ["trial", "level", "parameter", "weights", "survivors", *_MOVED, *(f"null_{name}" for name in _MOVED)]
 STEPS = ["level", "density", "batch", "dense_ms", "masked_ms", "sparse_ms", "layers"]
-MAY_DIFFER = ("trials", "budget", "reduced")  # trials may grow, and with them the label of what is reduced
+MAY_GROW = ("trials", "rounds")
+MAY_DIFFER = (*MAY_GROW, "budget", "reduced")  # the label of what is reduced follows what grew
 TABLE_SECONDS = 30.0  # curves.csv grows with every network and is written anew: not more often than this
 
 
@@ -85,16 +86,19 @@ class RunFolder:
         self.networks = make_folder(self.path / "networks")
         self.tickets = make_folder(self.path / "tickets")
         self._records: dict[str, dict[str, Any]] = {}
+        self.trials = self.rounds = 0
 
     def claim_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.json, or check that the one there is the same: all but MAY_DIFFER."""
+        """Write config.json, or check that the one there is the same, all but MAY_DIFFER, and let it grow."""
         config = json.loads(json.dumps(config))
         path = self.path / "config.json"
         with FileLock(self.networks / "tables.lock"):
+            found = {}
             if path.exists():
-                _check_same(config, self.read_config(), self.path)
-            if not path.exists() or config["trials"] > self.read_config()["trials"]:
-                write_atomically(path, json.dumps(config, indent=1) + "\n")
+                _check_same(config, found := self.read_config(), self.path)
+            if (grown := _grown(found, config)) != found:
+                write_atomically(path, json.dumps(grown, indent=1) + "\n")
+            self.trials, self.rounds = grown["trials"], grown["rounds"]
 
     def read_config(self) -> dict[str, Any]:
         try:
@@ -103,8 +107,15 @@ class RunFolder:
             fail(f"a run's config.json in {self.path}", f"{error}. Name another folder")
 
     def record(self, network: Network) -> dict[str, Any] | None:
-        """The record of a finished network, else None."""
+        """The record of a finished network, else None.
+
+        A ticket that was the last of its trial when it was trained, and no longer is, is to be trained again, to the same
+        bits: the mask of the next level comes from its final weights.
+        """
         if network.name not in self._records:
+            if network.kind == "ticket" and network.lr is None and network.level < self.rounds:
+                if not self.ticket(network.trial, network.level + 1).exists():
+                    return None
             path = self.networks / f"{network.name}.json"
             if not path.exists():
                 return None
@@ -169,6 +180,18 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]])
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())
+
+
+def _grown(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a folder after a run with `given`: the larger number of each of MAY_GROW, and its label."""
+    grown = dict(given)
+    for key in MAY_GROW:
+        if found.get(key, 0) > given[key]:
+            grown[key] = found[key]
+            if "reduced" in grown:
+                less = {k: v for k, v in grown["reduced"].items() if k != key}
+                grown["reduced"] = less | {k: v for k, v in found.get("reduced", {}).items() if k == key}
+    return grown
 
 
 def _check_same(given: Mapping[str, Any], found: Mapping[str, Any], folder: Path) -> None:

@@ -114,10 +114,17 @@ class TicketSearch:
 
     def networks(self) -> list[Network]:
         """Everything to train, in order."""
+        return self._networks(self.trials, self.rounds)
+
+    def _networks_of_folder(self) -> list[Network]:
+        """Also those of a longer run in the same folder."""
+        return self._networks(self.folder.trials, self.folder.rounds)
+
+    def _networks(self, trials: int, rounds: int) -> list[Network]:
         return [
             Network(trial, level, kind, repeat, rate)
-            for trial in range(self.trials)
-            for level in range(self.rounds + 1)
+            for trial in range(trials)
+            for level in range(rounds + 1)
             for rate in (None, *self.learning_rates)
             for kind in (("ticket", *self.controls) if level else ("ticket",))
             for repeat in range(self.reinits if kind == "reinit" else 1)
@@ -138,7 +145,7 @@ class TicketSearch:
                 self._finish(run, calls)
             finally:
                 lock.release()
-        self.folder.write_tables(self.networks())
+        self.folder.write_tables(self._networks_of_folder())
         for network in self.networks():  # nothing is missing any more, so nobody waits for these
             self.folder.lock(network).path.unlink(missing_ok=True)
 
@@ -226,7 +233,7 @@ class TicketSearch:
         if run.kind == "ticket" and run.lr is None:
             if run.level == 0:
                 self._write_ticket(run.trial, 0, {})
-            if run.level < self.rounds:
+            if run.level < self.folder.rounds:
                 moved = self._prune(run)
         used: dict[str, dict[str, int]] = {}
         for (op, backend), count in (Counter(ops.CALLS) - calls).items():
@@ -237,7 +244,7 @@ class TicketSearch:
             "movement": moved,
             "ops": used,
         }
-        self.folder.finish(run.network, record, self.networks())
+        self.folder.finish(run.network, record, self._networks_of_folder())
         run.done = True
 
     def _prune(self, run: Run) -> list[dict[str, Any]]:

@@ -494,9 +494,7 @@ def test_global_scope_prunes_layers_unequally(tmp_path):
     assert counts != [96, 32]
 
 
-@pytest.mark.parametrize(
-    "change", [{"rounds": 3}, {"seed": 4}, {"fractions": 0.3}, {"controls": ()}, {"scope": "global"}]
-)
+@pytest.mark.parametrize("change", [{"seed": 4}, {"fractions": 0.3}, {"controls": ()}, {"scope": "global"}])
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path, change):
     search(tmp_path)
     search(tmp_path)
@@ -514,6 +512,26 @@ def test_trials_may_be_added_later(tmp_path):
         train(run)
     assert rows(tmp_path)[:7] == before
     assert len(rows(tmp_path)) == 14
+
+
+def test_rounds_may_be_added_later(tmp_path):
+    for run in search(tmp_path / "whole"):
+        train(run)
+    for rounds in (1, 2, 1):
+        for run in search(tmp_path / "grown", rounds=rounds):
+            train(run)
+    assert rows(tmp_path / "grown") == rows(tmp_path / "whole")
+    for name in ("curves.csv", "movement.csv", "config.json"):
+        assert (tmp_path / "grown" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_fewer_rounds_leave_the_numbers_of_a_longer_run_alone(tmp_path):
+    about = {"config": {"reduced": {"trials": "1 of 5", "rounds": "2 of 9"}}}
+    search(tmp_path, trials=1, rounds=2, **about)
+    search(tmp_path, trials=3, rounds=1, config={"reduced": {"trials": "3 of 5", "rounds": "1 of 9"}})
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert (found["rounds"], found["trials"]) == (2, 3)
+    assert found["reduced"] == {"trials": "3 of 5", "rounds": "2 of 9"}
 
 
 @pytest.mark.parametrize(
