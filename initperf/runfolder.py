@@ -113,9 +113,9 @@ class RunFolder:
         bits: the mask of the next level comes from its final weights.
         """
         if network.name not in self._records:
-            if network.kind == "ticket" and network.lr is None and network.level < self.rounds:
-                if not self.ticket(network.trial, network.level + 1).exists():
-                    return None
+            prunes = network.kind == "ticket" and network.lr is None and network.level < self.rounds
+            if prunes and not self.ticket(network.trial, network.level + 1).exists():
+                return None
             path = self.networks / f"{network.name}.json"
             if not path.exists():
                 return None
