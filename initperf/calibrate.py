@@ -20,7 +20,6 @@ from initperf import choice
 from initperf.choice import KINDS, MOST, ROWS, WEIGHTS, Table
 from initperf.files import write_atomically
 from initperf.kernels.cpu import masked_matmul, sparse_linear
-from initperf.kernels.cpu.masked_matmul import dense_grad_weight
 from initperf.kernels.cpu.pattern import pattern_tensors
 from initperf.kernels.cpu.sparse_linear import compress, expand
 from initperf.kernels.cpu.sparse_pattern import sparse_tensors
@@ -84,15 +83,15 @@ class _Layer:
         return {
             "masked_linear": (
                 lambda: masked_matmul.masked_linear(x, w, None, mask, self.pattern, True),
-                lambda: linear(x, w),
+                lambda: masked_matmul.dense_linear(x, w, None, mask, self.pattern, True),
             ),
             "masked_grad_input": (
                 lambda: masked_matmul.masked_grad_input(x, w, mask, self.pattern, True),
-                lambda: torch.mm(x, w),
+                lambda: masked_matmul.dense_grad_input(x, w, mask, self.pattern, True),
             ),
             "masked_grad_weight": (
                 lambda: masked_matmul.masked_grad_weight(x, x, mask, self.pattern),
-                lambda: dense_grad_weight(x, x, mask, self.pattern),
+                lambda: masked_matmul.dense_grad_weight(x, x, mask, self.pattern),
             ),
             "sparse_linear": (
                 lambda: sparse_linear.sparse_linear(x, values, None, bits, side, self.sparse),

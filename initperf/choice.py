@@ -208,7 +208,7 @@ def _built_in(kind: str, size: int) -> list[list[float]]:
     ):  # the dense product would have to fill a dense weight first, which few rows do not repay
         limits = [[limit] * len(WEIGHTS) for limit in (MOST, MOST, MOST, 0.7, 0.4)]
     else:
-        limits = [[0.0, 0.0, limit, limit, limit] for limit in (1 / 12, 1 / 12, 1 / 8, 1 / 3, 1 / 3)]
+        limits = [[0.0, 0.0, limit, limit, limit] for limit in (0.015, 0.01, 0.1, 1 / 3, 1 / 3)]
     return [[limit * (0.5 if size == 2 else 1.0) for limit in row] for row in limits]
 
 

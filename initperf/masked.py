@@ -66,6 +66,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if direct.composed(flat, rows * columns, masked_ops.MOST_COMPOSED if own else direct.TINY) and choice.all_dense(
             "masked", len(flat), (rows, columns), pattern.nnz, weight.dtype
         ):
+            if own and weight.is_contiguous() and masked_ops.runs_few(len(flat), mask, weight.dtype):
+                y = masked_ops.few_linear(flat, weight, bias, mask)
+                return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
             ops.CALLS["masked_linear", "mkl"] += 1
             weight = pattern.premasked(weight) if own else torch.where(mask, weight, 0)
             return nn.functional.linear(input, weight, bias)

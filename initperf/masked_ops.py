@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from initperf.choice import sparse_pays
 from initperf.reference import masked_matmul as reference
 
 _DENSE = {"cpu": "mkl", "cuda": "cublas"}
+FEW = "numba-dense"  # as what the kernels for few rows are counted
 MOST_COMPOSED = (
     1 << 22
 )  # weights, as far as a gradient lies in the caches when it is masked; beyond, kept memory pays (memory.py)
@@ -31,7 +33,8 @@ def _run(name: str, rows: int, like: Tensor, mask: Tensor, pattern: list[Tensor]
     dense = _dense(name, device)
     if dense is None or (pattern and sparse_pays(name, rows, mask.shape, pattern[1].numel(), like.dtype, device)):
         return ops.implementation(name, device)(*args)
-    ops.CALLS[name, _DENSE[device]] += 1
+    few = device == "cpu" and runs_few(rows, mask, like.dtype)
+    ops.CALLS[name, FEW if few else _DENSE[device]] += 1
     return dense(*args)
 
 
@@ -40,11 +43,26 @@ def _dense(name: str, device: str) -> Callable[..., Tensor] | None:
     """torch's product for an op; None where the reference runs anyway, and is counted as that."""
     if ops.backend_of(name, device) == "reference":
         return None
-    if name == "masked_grad_weight" and device == "cpu":
-        from initperf.kernels.cpu.masked_matmul import dense_grad_weight
+    if device != "cpu":
+        return getattr(reference, name)
+    from initperf.kernels.cpu import masked_matmul
 
-        return dense_grad_weight
-    return getattr(reference, name)
+    return getattr(masked_matmul, name.replace("masked", "dense"))
+
+
+def runs_few(rows: int, mask: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the dense products of so few rows are our own kernels, on the CPU, which are faster by more than a call costs."""
+    kernels = _few_dense()
+    return kernels is not None and kernels.pays(rows, mask.numel(), dtype)
+
+
+@cache
+def _few_dense() -> ModuleType | None:
+    if ops.backend_of("masked_linear", "cpu") == "reference":
+        return None
+    from initperf.kernels.cpu import few_dense
+
+    return few_dense
 
 
 def linear(
@@ -58,6 +76,13 @@ def linear(
     ):
         return _Linear.apply(x, weight, bias, mask, premasked, *pattern)
     return _masked_linear(x, weight, bias, mask, pattern, premasked)
+
+
+def few_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+    """masked_linear of a weight that obeys its mask where runs_few, for a plain x, with gradients by the same kernels."""
+    if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return _FewLinear.apply(x, weight, bias, mask)
+    return _masked_linear(x, weight, bias, mask, [], True)
 
 
 def _masked_linear(
@@ -109,6 +134,34 @@ class _Linear(torch.autograd.Function):
         dx = direct.backward(*products[0], dy, weight, mask, pattern, ctx.premasked) if needs_x else None
         dw = direct.backward(*products[1], dy, x, mask, pattern) if needs_weight else None
         return dx, dw, dy.sum(0) if needs_bias else None, *(None,) * (2 + len(pattern))
+
+
+class _FewLinear(torch.autograd.Function):
+    """_Linear, with less around kernels that take a few microseconds."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mask):
+        ctx.save_for_backward(x, weight, mask)
+        ops.CALLS["masked_linear", FEW] += 1
+        return cast(ModuleType, _few_dense()).forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, mask = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        db = dy.sum(0) if needs_bias else None
+        if torch.is_grad_enabled() or not direct.plain(dy):
+            products = (masked_grad_input, _masked_grad_input), (masked_grad_weight, _masked_grad_weight)
+            dx = direct.backward(*products[0], dy, weight, mask, [], True) if needs_x else None
+            return dx, direct.backward(*products[1], dy, x, mask, []) if needs_weight else None, db, None
+        few, dx, dw = cast(ModuleType, _few_dense()), None, None
+        if needs_x:
+            ops.CALLS["masked_grad_input", FEW] += 1
+            dx = few.grad_input(dy, weight)
+        if needs_weight:
+            ops.CALLS["masked_grad_weight", FEW] += 1
+            dw = few.grad_weight(dy, x, mask)
+        return dx, dw, db, None
 
 
 class _GradInput(torch.autograd.Function):

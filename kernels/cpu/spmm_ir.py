@@ -357,7 +357,7 @@ def correlate_unit(typingctx: Any, width: Any, columns: Any, sums: Any, x: Any, 
         place = builder.bitcast(_at(builder, out, builder.mul(loop.j, _const(ROWS))), four.as_pointer())
         before = builder.load(place)
         before.align = element_size(element)
-        builder.store(builder.fadd(before, _sum_lanes(builder, products)), place).align = element_size(element)
+        builder.store(builder.fadd(before, sum_lanes(builder, products)), place).align = element_size(element)
         loop.end([])
         return ctx.get_dummy_value()
 
@@ -373,7 +373,7 @@ def unit_rows(builder: Any, tile: Any, numbers: Any, line: int) -> list[Any]:
     return lines
 
 
-def _sum_lanes(builder: Any, vectors: list[Any]) -> Any:
+def sum_lanes(builder: Any, vectors: list[Any]) -> Any:
     """Four vectors of 16 lanes -> one vector of their four sums."""
     a, b, c, d = (folded(builder, v) for v in vectors)
     pairs = lambda x, y, group: builder.fadd(  # noqa: E731
