@@ -78,3 +78,17 @@ assert main({arguments!r}) == 0
 assert not {{"torch", "numpy", "matplotlib", "numba"}} & set(sys.modules)
 """
     assert run(code)
+
+
+def test_kernels_leave_torchs_number_of_threads_alone():
+    """Numba's OpenMP layer sets the process's number when it starts, which torch's convolutions go by."""
+    pytest.importorskip("numba")
+    code = (
+        "import torch; torch.set_num_threads(1); from initperf import SparseConv2d, choice\n"
+        "with choice.prefer('sparse'):\n"
+        "    layer = SparseConv2d(3, 8, 3, mask=torch.rand(8, 3, 3, 3) < 0.3)\n"
+        "    layer(torch.randn(16, 3, 8, 8)).sum().backward()\n"
+        "print(torch.get_num_threads())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["1"]

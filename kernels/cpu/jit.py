@@ -15,6 +15,7 @@ from typing import Any
 
 import numba
 import torch
+from numba.np.ufunc import parallel
 
 _HERE = Path(__file__).parent
 _FILES = sorted([*_HERE.glob("*.py"), *_HERE.parent.glob("*.py")])
@@ -27,6 +28,24 @@ _CONFIG: Any = numba.config
 _PID = os.getpid()
 _MAX_THREADS = _CONFIG.NUMBA_NUM_THREADS
 _told = threading.local()  # Numba keeps its number by thread
+
+
+def _start_threading() -> None:
+    """Let Numba's threading layer start now, and give torch its number of threads back.
+
+    The layer sets OpenMP's number for the whole process, and does so when the first parallel kernel is loaded: whatever
+    torch.set_num_threads had asked for was gone from then on, and with it the bits of oneDNN's convolutions.
+    """
+    before = torch.get_num_threads()
+    try:
+        parallel._launch_threads()
+    except (ImportError, ValueError):  # no layer can be loaded: parallel kernels will say so
+        return
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
+_start_threading()
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:

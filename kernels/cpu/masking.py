@@ -5,6 +5,7 @@ Tensors beyond the caches are read all the same, 8 or 4 elements at once, which 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import llvmlite.binding
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .jit import is_forked, jit
 from .lanes import with_address
-from .team import in_team, number, team
+from .team import Team, in_team, number, team
 from .vector import intrinsic, pointer
 
 _LANES = 16
@@ -124,7 +125,10 @@ def _share(data):
         _zero_any(itemsize, words, mask, first, last, packed != 0)
 
 
-_SHARE, _TEAM = _share.address, team()
+@cache
+def _members() -> tuple[Team, int]:
+    """torch's threads, and what each does; compiled when first asked for."""
+    return team(), _share.address
 
 
 @jit()
@@ -158,5 +162,5 @@ def zero_pruned(tensor: Tensor, mask: Tensor, bits: Tensor | None = None) -> Ten
         return tensor
     where = (mask if bits is None else bits).data_ptr()
     workers = 1 if size < SHARED or is_forked() else torch.get_num_threads()
-    _zero_pruned(itemsize, tensor.data_ptr(), where, size, bits is not None, workers, _TEAM, _SHARE)
+    _zero_pruned(itemsize, tensor.data_ptr(), where, size, bits is not None, workers, *_members())
     return tensor
