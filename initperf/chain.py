@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -18,6 +19,8 @@ from initperf.pattern import Pattern
 from initperf.sparse import SparseLinear
 
 LARGEST = 1 << 18  # survivors of a run: more leave a core's caches, and what surrounds their products no longer counts
+TRIES = 10
+SPARSEST = 64  # weights for one survivor: rows and column blocks without any take time, too
 SKIPPED = (nn.Identity, nn.Dropout)  # the latter in evaluation
 Part = Callable[[Tensor], Tensor]
 ops.register("sparse_chain", "chain")
@@ -35,11 +38,11 @@ class SparseSequential(nn.Sequential):
     _parts: _Parts | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not direct.plain(input) or not input.is_cpu:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return super().forward(input)
         children = tuple(self._modules.values())
-        parts = self._parts
-        if parts is None or parts.children != children:
+        kinds, parts = tuple(map(type, children)), self._parts
+        if parts is None or parts.children != children or parts.kinds != kinds:
             parts = self._parts = _Parts.of(children)
         if parts.observed():
             return super().forward(input)
@@ -65,6 +68,7 @@ class _Parts(NamedTuple):
     """The children of a SparseSequential as they are computed: alone, or several as a run."""
 
     children: tuple[nn.Module | None, ...]
+    kinds: tuple[type, ...]
     parts: list[Part]
     in_runs: list[nn.Module]
 
@@ -81,7 +85,9 @@ class _Parts(NamedTuple):
             run.clear()
 
         for child in children:
-            if child is None:
+            if child is None:  # nn.Sequential raises when it comes there
+                close()
+                parts.append(cast(Part, None))
                 continue
             starts = type(child) is SparseLinear and child.nnz <= LARGEST
             follows = type(child) is nn.ReLU or type(child) in SKIPPED
@@ -94,7 +100,8 @@ class _Parts(NamedTuple):
                 close()
             run.append(child)
         close()
-        return cls(tuple(children), parts, [m for p in parts if isinstance(p, _Run) for m in p.modules])
+        kinds = tuple(map(type, children))
+        return cls(tuple(children), kinds, parts, [m for p in parts if isinstance(p, _Run) for m in p.modules])
 
     def observed(self) -> bool:
         """Whether something must see the children called: hooks, a forward of their own, dropout at work."""
@@ -120,8 +127,9 @@ class _Run:
             after is nn.ReLU for kind, after in zip(kinds, [*kinds[1:], None], strict=True) if kind is SparseLinear
         ]
         self.plan: Any = None
+        self.lock = threading.Lock()
         self.patterns: list[Pattern] = []
-        self.seen: list[int] = []  # addresses
+        self.seen: list[Any] = []  # addresses and dtypes
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._together(x)
@@ -133,33 +141,44 @@ class _Run:
 
     def _together(self, x: Tensor) -> Tensor | None:
         """What the layers make of x; None where they are to be called one by one."""
-        if not self._current():
+        if not isinstance(x, Tensor) or not x.is_cpu or not direct.plain(x) or (plan := self._current()) is None:
             return None
-        plan, shape = self.plan, x.shape
+        shape = x.shape
         check_input(x, plan.inputs, plan.dtype)
         flat = x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), plan.inputs)
         rows = flat.shape[0]
         if not rows or not choice.pays("sparse_linear", rows, plan.weights, plan.nnz, plan.dtype):
             return None
+        flat, y = flat.contiguous(), torch.empty(rows, plan.outputs, dtype=plan.dtype)
+        for _ in range(TRIES):
+            if plan(flat, y):
+                break
+            old, plan = plan, plan.prepared(rows)
+            with self.lock:
+                if self.plan is old:
+                    self.plan = plan
+        else:  # another thread keeps writing the values
+            return None
         ops.CALLS["sparse_chain", "numba"] += 1
-        y = plan(flat if flat.is_contiguous() else flat.contiguous(), torch.empty(rows, plan.outputs, dtype=plan.dtype))
         return y if len(shape) == 2 else y.reshape(*shape[:-1], plan.outputs)
 
-    def _current(self) -> bool:
-        """Bring the plan up to date with masks and parameters; False where there can be none."""
-        patterns, seen = [], []
+    def _current(self) -> Any:
+        """The plan for masks and parameters as they are; None where there can be none."""
+        patterns: list[Pattern] = []
+        seen: list[Any] = []
         for layer in self.layers:
             found = layer._parameters
-            values, bias = found.get("weight_values"), found.get("bias")
-            if values is None:
-                return False
+            if "weight_values" not in found or "bias" not in found:  # parametrized
+                return None
+            values, bias = cast(Tensor, found["weight_values"]), found["bias"]
             patterns.append(layer._fresh_pattern())
-            seen.append(values.data_ptr())
-            seen.append(0 if bias is None else bias.data_ptr())
+            seen += (values.data_ptr(), values.dtype, 0 if bias is None else bias.data_ptr())
         if patterns != self.patterns or seen != self.seen:
-            self.plan = self._new_plan()
-            self.patterns, self.seen = patterns, seen
-        return self.plan is not None
+            plan = self._new_plan()
+            with self.lock:
+                self.plan, self.patterns, self.seen = plan, patterns, seen
+            return plan
+        return self.plan
 
     def _new_plan(self) -> Any:
         dtype = self.layers[0].weight_values.dtype
@@ -173,10 +192,14 @@ class _Run:
                 return None
             if not values.numel() or values.numel() != pattern.nnz:
                 return None
+            if bias is not None and bias.shape != (layer.out_features,):
+                return None
             mask = layer.weight_mask
             index = pattern.tensors or ops.implementation("sparse_tensors", "cpu")(mask)
             found.append((values.detach(), None if bias is None else bias.detach(), mask, index[:3], relu))
         if sum(values.numel() for values, *_ in found) > LARGEST:
+            return None
+        if sum(mask.numel() for _, _, mask, *_ in found) > SPARSEST * LARGEST:
             return None
         if any(a.out_features != b.in_features for a, b in pairwise(self.layers)):
             return None

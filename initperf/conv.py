@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import conv_ops
+from initperf import conv_ops, direct
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
 from initperf.conv_ops import ConvPattern
 from initperf.masked_layer import MaskedLayer
@@ -71,8 +71,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         pattern = cast(ConvPattern, self._pattern if torch.compiler.is_compiling() else self._fresh_pattern())
         weight = self.weight
         check_images(self, input, weight.dtype)
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            # torch.func's transforms (vmap, jvp, grad) know torch's own convolution
+        if not torch.compiler.is_compiling() and direct.transformed():
+            # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own convolution
             return self._conv_forward(input, weight.masked_fill(~self.weight_mask, 0), self.bias)
         # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
         return convolved(self, input, weight, self.weight_mask, pattern, self._is_own(weight))
@@ -148,8 +148,8 @@ class SparseConv2d(SparseLayer):
         pattern = cast(ConvPattern, self._pattern if torch.compiler.is_compiling() else self._fresh_pattern())
         values = self.weight_values
         check_images(self, input, values.dtype)
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            # torch.func's transforms (vmap, jvp, grad) know torch's own convolution
+        if not torch.compiler.is_compiling() and direct.transformed():
+            # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own convolution
             places = pattern.survivors.long()
             flat = torch.zeros(self.weight_shape.numel(), dtype=values.dtype, device=values.device)
             weight = flat.scatter(0, places, values.flatten()).view(self.weight_shape)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 from initperf import ops
 
@@ -19,7 +20,7 @@ _is_autocast_enabled = torch.is_autocast_enabled
 
 
 def plain(x: Tensor) -> bool:
-    """Whether `x` has memory of its own and only autograd can be listening to an op on it: no mode, no transform, no tracing (of compilers and torch.jit), no autocast, no subclass."""
+    """Whether `x` has memory of its own and only autograd can be listening to an op on it: no mode, no transform, no tracing (of compilers and torch.jit), no tangents, no autocast, no subclass."""
     on_cpu = x.is_cpu
     return (
         type(x) is Tensor
@@ -29,6 +30,7 @@ def plain(x: Tensor) -> bool:
         and not _function_modes()
         and _function_transform() is None
         and _tracing_state() is None
+        and _forward_ad._current_level < 0
         and not _is_autocast_enabled("cpu" if on_cpu else "cuda")
         and _has_memory(x)
     )
@@ -41,6 +43,11 @@ def _has_memory(x: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is at work."""
+    return _function_transform() is not None or _forward_ad._current_level >= 0
 
 
 TINY = 1 << 14  # weights up to which three ops of torch take less time than Python's part of an autograd.Function

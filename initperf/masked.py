@@ -55,18 +55,19 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         weight: Tensor = self.weight if (kept := found("weight")) is None else kept
         bias: Tensor | None = self.bias if (kept := found("bias")) is None else kept
         check_input(input, self.in_features, weight.dtype)
+        check_bias(bias, weight, self.out_features)
         shape = input.shape
         if pattern.density == 1.0:  # nothing to mask, in the gradient either
             return nn.functional.linear(input, weight, bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            # torch.func's transforms (vmap, jvp, grad) know torch's own product
+        if not torch.compiler.is_compiling() and direct.transformed():
+            # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own product
             return nn.functional.linear(input, weight.masked_fill(~mask, 0), bias)
         rows, columns, own = self.out_features, self.in_features, self._is_own(weight)
         if direct.composed(flat, rows * columns, masked_ops.MOST_COMPOSED if own else direct.TINY) and choice.all_dense(
             "masked", len(flat), (rows, columns), pattern.nnz, weight.dtype
         ):
-            if own and weight.is_contiguous() and masked_ops.runs_few(len(flat), mask, weight.dtype):
+            if own and weight.is_cpu and weight.is_contiguous() and masked_ops.runs_few(len(flat), mask, weight.dtype):
                 y = masked_ops.few_linear(flat, weight, bias, mask)
                 return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
             ops.CALLS["masked_linear", "mkl"] += 1
@@ -74,6 +75,17 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             return nn.functional.linear(input, weight, bias)
         y = masked_ops.linear(flat, weight, bias, mask, pattern.tensors, own)
         return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
+
+
+def check_bias(bias: Tensor | None, weight: Tensor, out_features: int) -> None:
+    """Of the weight's dtype, device and outputs, as kernels that are handed addresses rely on."""
+    if bias is None or (bias.dtype == weight.dtype and bias.shape == (out_features,) and bias.device == weight.device):
+        return
+    fail(
+        f"a bias of shape ({out_features},), {weight.dtype}, on {weight.device}",
+        f"shape {tuple(bias.shape)}, {bias.dtype}, on {bias.device}",
+        kind=InitPerfRuntimeError,
+    )
 
 
 def check_input(input: object, in_features: int, dtype: torch.dtype) -> None:

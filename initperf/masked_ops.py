@@ -53,7 +53,7 @@ def _dense(name: str, device: str) -> Callable[..., Tensor] | None:
 def runs_few(rows: int, mask: Tensor, dtype: torch.dtype) -> bool:
     """Whether the dense products of so few rows are our own kernels, on the CPU, which are faster by more than a call costs."""
     kernels = _few_dense()
-    return kernels is not None and kernels.pays(rows, mask.numel(), dtype)
+    return kernels is not None and kernels.pays(rows, mask.numel(), dtype) and mask.is_cpu and mask.is_contiguous()
 
 
 @cache

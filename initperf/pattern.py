@@ -17,6 +17,7 @@ from initperf.choice import MOST
 from initperf.reference.sample_many import unpacked
 
 _CALLS = ops.CALLS
+ops.register("zero_pruned", "masking")
 ops.register("pattern_tensors", "pattern")
 ops.register("sparse_tensors", "sparse_linear")
 
@@ -68,8 +69,10 @@ class Pattern:
         view.grad_fn._register_hook_dict(view)  # type: ignore[union-attr]
         return view
 
-    def _mask_gradient(self, gradient: Tensor) -> Tensor:
+    def _mask_gradient(self, gradient: Tensor | None) -> Tensor | None:
         """The gradient of the weight, fresh from a product on the CPU: masked in place, or under create_graph by a differentiable op."""
+        if gradient is None:  # a later Function gave none
+            return None
         if not self.is_of(self.mask):
             fail(
                 "the mask of the forward pass in its backward pass",
@@ -121,7 +124,7 @@ class CompressedPattern(Pattern):
 @cache
 def _kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """What masks a gradient in place, if Numba is there."""
-    if ops.backend_of("masked_grad_weight", "cpu") == "reference":
+    if ops.backend_of("zero_pruned", "cpu") == "reference":
         return None
     from initperf.kernels.cpu.masking import zero_pruned
 

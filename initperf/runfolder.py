@@ -98,7 +98,12 @@ class RunFolder:
                 _check_same(config, found := self.read_config(), self.path)
             if (grown := _grown(found, config)) != found:
                 write_atomically(path, json.dumps(grown, indent=1) + "\n")
-            self.trials, self.rounds = grown["trials"], grown["rounds"]
+        self.read_size()
+
+    def read_size(self) -> None:
+        """How many trials and rounds the folder has by now: another process may have let it grow."""
+        config = self.read_config()
+        self.trials, self.rounds = config["trials"], config["rounds"]
 
     def read_config(self) -> dict[str, Any]:
         try:
@@ -113,13 +118,14 @@ class RunFolder:
         bits: the mask of the next level comes from its final weights.
         """
         if network.name not in self._records:
-            prunes = network.kind == "ticket" and network.lr is None and network.level < self.rounds
-            if prunes and not self.ticket(network.trial, network.level + 1).exists():
-                return None
             path = self.networks / f"{network.name}.json"
             if not path.exists():
                 return None
-            self._records[network.name] = json.loads(path.read_text())
+            found = json.loads(path.read_text())
+            prunes = network.kind == "ticket" and network.lr is None and network.level < self.rounds
+            if prunes and not (found["movement"] and self.ticket(network.trial, network.level + 1).exists()):
+                return None
+            self._records[network.name] = found
         return self._records[network.name]
 
     def finish(self, network: Network, record: Mapping[str, Any], networks: Iterable[Network]) -> None:
@@ -188,9 +194,12 @@ def _grown(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     for key in MAY_GROW:
         if found.get(key, 0) > given[key]:
             grown[key] = found[key]
-            if "reduced" in grown:
-                less = {k: v for k, v in grown["reduced"].items() if k != key}
-                grown["reduced"] = less | {k: v for k, v in found.get("reduced", {}).items() if k == key}
+            less = {k: v for k, v in (given.get("reduced") or {}).items() if k != key}
+            less |= {k: v for k, v in (found.get("reduced") or {}).items() if k == key}
+            if isinstance(given.get("reduced"), dict):
+                grown["reduced"] = less
+                if not less and "budget" in given:
+                    grown["budget"] = None
     return grown
 
 

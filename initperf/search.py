@@ -118,6 +118,7 @@ class TicketSearch:
 
     def _networks_of_folder(self) -> list[Network]:
         """Also those of a longer run in the same folder."""
+        self.folder.read_size()
         return self._networks(self.folder.trials, self.folder.rounds)
 
     def _networks(self, trials: int, rounds: int) -> list[Network]:
@@ -147,7 +148,10 @@ class TicketSearch:
                 lock.release()
         self.folder.write_tables(self._networks_of_folder())
         for network in self.networks():  # nothing is missing any more, so nobody waits for these
-            self.folder.lock(network).path.unlink(missing_ok=True)
+            lock = self.folder.lock(network)
+            if lock.path.exists() and lock.acquire(wait=False):  # a longer run may hold it
+                lock.path.unlink(missing_ok=True)
+                lock.release()
 
     def _claim(self) -> tuple[Network, FileLock] | None:
         """A network that is neither finished nor in another's hands, whose mask is known, and its lock; waits while others work."""
@@ -233,6 +237,7 @@ class TicketSearch:
         if run.kind == "ticket" and run.lr is None:
             if run.level == 0:
                 self._write_ticket(run.trial, 0, {})
+            self.folder.read_size()
             if run.level < self.folder.rounds:
                 moved = self._prune(run)
         used: dict[str, dict[str, int]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from initperf import choice, direct, ops, sparse_ops
 from initperf.checks import FLOATS, check_mask, fail
-from initperf.masked import MaskedLinear, check_input
+from initperf.masked import MaskedLinear, check_bias, check_input
 from initperf.sparse_layer import SparseLayer
 
 
@@ -72,10 +72,11 @@ class SparseLinear(SparseLayer):
         values: Tensor = self.weight_values if (found := own("weight_values")) is None else found
         bias: Tensor | None = self.bias if (found := own("bias")) is None else found
         check_input(input, self.in_features, values.dtype)
+        check_bias(bias, values, self.out_features)
         shape = input.shape
         rows, columns = self.out_features, self.in_features
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            # torch.func's transforms (vmap, jvp, grad) know torch's own product
+        if not torch.compiler.is_compiling() and direct.transformed():
+            # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own product
             weight = _expanded(values, self.weight_mask.flatten().nonzero().squeeze(1), rows, columns)
             return nn.functional.linear(input, weight, bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)

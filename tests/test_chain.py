@@ -9,6 +9,7 @@ import torch
 from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from initperf import SparseLinear, SparseSequential, chain, densify, ops, sparsify
 from initperf.checks import InitPerfError
@@ -358,6 +359,115 @@ def test_a_subclass_of_sequential_stays_what_it_is():
 
     mine = sparsify(Mine(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10)), density=0.5, sparse=True)
     assert type(mine) is Mine
+
+
+@pytest.mark.parametrize("round", range(6))
+def test_threads_that_share_a_network_whose_values_were_just_changed(round):
+    ours = model(784, 300, 100, 10)
+    x = torch.randn(40, 784, generator=torch.Generator().manual_seed(round))
+    wrong, start = [], threading.Barrier(4)
+
+    def work(number):
+        for step in range(8):
+            start.wait()
+            if number == 0:
+                with torch.no_grad():
+                    ours[0].weight_values.mul_(-1.5)
+                    ours[2].weight_values.add_(0.01)
+                    want = dense_of(ours)(x)
+                wanted[0] = want
+            start.wait()
+            with torch.no_grad():
+                rows = slice(None) if (number + step) % 2 else slice(1)
+                for _ in range(3):
+                    if not torch.allclose(ours(x[rows]), wanted[0][rows], rtol=1e-3, atol=1e-3 * wanted[0].abs().max()):
+                        wrong.append((number, step))
+
+    wanted = [None]
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_a_parameter_or_class_replaced_after_the_first_call():
+    class Doubled(nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    class Loud(SparseLinear):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    ours, x = model(100, 60, 10), torch.randn(4, 100)
+    with torch.no_grad():
+        before = ours(x)
+        parametrize.register_parametrization(ours[2], "bias", Doubled())
+        torch.testing.assert_close(ours(x), before + ours[2].parametrizations.bias.original)
+    ours, x = model(100, 60, 10), torch.randn(4, 100)
+    with torch.no_grad():
+        before = ours(x)
+        ours[2].__class__ = Loud
+        torch.testing.assert_close(ours(x), before + 1)
+
+
+def test_conversions_between_calls():
+    ours, x = model(100, 60, 10), torch.randn(4, 100)
+    with torch.no_grad():
+        want = ours(x)
+        for dtype in (torch.float64, torch.float16, torch.float32, torch.float64, torch.bfloat16):
+            ours.to(dtype)
+            torch.testing.assert_close(ours(x.to(dtype)).float(), want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("input", [None, {"x": 1}, [1.0], 3.0])
+def test_what_is_no_tensor_gets_the_layers_error(input):
+    ours = model(100, 60, 10)
+    with torch.no_grad(), pytest.raises(InitPerfError, match="Tensor"):
+        ours(input)
+
+
+def test_children_that_take_or_give_anything():
+    class Unpack(nn.Module):
+        def forward(self, batch):
+            return batch["x"]
+
+    class Meta(nn.Module):
+        def forward(self, x):
+            return x.to("meta")
+
+    layers = list(model(100, 60, 10))
+    ours, x = SparseSequential(Unpack(), *layers), torch.randn(4, 100)
+    with torch.no_grad():
+        torch.testing.assert_close(ours({"x": x}), SparseSequential(*layers)(x))
+        assert SparseSequential(Meta(), *layers)(x).is_meta
+        named = x.as_subclass(type("Named", (torch.Tensor,), {}))
+        assert type(SparseSequential(*layers)(named)) is type(named)
+        with pytest.raises(TypeError):
+            SparseSequential(*layers, None)(x)
+
+
+def test_forward_mode_derivatives():
+    ours, x, tangent = model(100, 60, 10), torch.randn(4, 100), torch.randn(4, 100)
+    ours.requires_grad_(False)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        found = torch.autograd.forward_ad.unpack_dual(ours(torch.autograd.forward_ad.make_dual(x, tangent))).tangent
+        want = torch.autograd.forward_ad.unpack_dual(
+            dense_of(ours)(torch.autograd.forward_ad.make_dual(x, tangent))
+        ).tangent
+    torch.testing.assert_close(found, want)
+
+
+def test_very_sparse_layers_are_called_alone(monkeypatch):
+    monkeypatch.setattr(chain, "LARGEST", 100)
+    ours = model(100, 70, 10, density=0.002)
+    with torch.no_grad():
+        x = torch.randn(4, 100)
+        got, count = runs_counted(lambda: ours(x))
+        torch.testing.assert_close(got, dense_of(ours)(x))
+    assert count == 0
 
 
 def test_threads_that_share_a_network():

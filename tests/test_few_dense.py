@@ -6,7 +6,8 @@ from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.nn import functional as F
 
-from initperf import ops
+from initperf import SparseLinear, ops
+from initperf.checks import InitPerfError
 from initperf.choice import prefer
 from initperf.masked import MaskedLinear
 
@@ -123,3 +124,45 @@ def test_few_rows_of_a_transposed_weight():
         y.sum().backward()
     want = x.sum(0).expand(400, 400).masked_fill(~layer.weight_mask, 0)
     torch.testing.assert_close(layer.weight.grad, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def layer():
+    return MaskedLinear(400, 400, mask=torch.rand(400, 400, generator=torch.Generator().manual_seed(0)) < 0.5)
+
+
+def test_a_layer_on_another_device_raises(layer):
+    layer.to("meta")
+    x = torch.randn(4, 400)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        layer(x)
+    with pytest.raises((RuntimeError, NotImplementedError)), torch.no_grad():
+        layer(x)
+
+
+def test_a_mask_of_other_strides(layer):
+    mask = torch.rand(400, 400) < 0.5
+    state = layer.state_dict() | {"weight_mask": mask.t()}
+    layer.load_state_dict(state, assign=True)
+    with prefer("dense"):
+        layer(torch.randn(4, 400)).pow(2).sum().backward()
+    assert not layer.weight.grad[~mask.t()].any()
+
+
+@pytest.mark.parametrize("bias", [torch.ones(400, dtype=torch.bfloat16), torch.ones(3), torch.ones(400, 1)])
+@pytest.mark.parametrize("rows", [4, 40])
+def test_a_bias_that_does_not_fit_raises(layer, bias, rows):
+    layer.bias = nn.Parameter(bias)
+    sparse = SparseLinear.from_masked(MaskedLinear(400, 400, mask=layer.weight_mask))
+    sparse.bias = nn.Parameter(bias)
+    for module in (layer, sparse):
+        with pytest.raises(InitPerfError, match="bias"):
+            module(torch.randn(rows, 400))
+
+
+def test_forward_mode_derivatives(layer):
+    layer.requires_grad_(False)
+    x, tangent = torch.randn(4, 400), torch.randn(4, 400)
+    with torch.autograd.forward_ad.dual_level():
+        found = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, tangent))).tangent
+    torch.testing.assert_close(found, tangent @ layer.weight.t(), rtol=1e-4, atol=1e-4)

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -658,3 +660,34 @@ def test_zero_pruned(size, dtype):
         want = torch.cat([whole[:1], whole[1:-1] * mask, whole[-1:]])
         assert torch.equal(copy, want)
         assert not bits(copy[1:-1])[~mask].any()
+
+
+def test_a_gradient_that_never_comes(layer, path):
+    class Cut(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    x = torch.randn(7, 20, requires_grad=True)
+    (Cut.apply(layer(x)).sum() + x.sum()).backward()
+    assert layer.weight.grad is None or not layer.weight.grad.any()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize(
+    "name", ["MaskedLinear(6, 5", "SparseLinear(6, 5", "MaskedConv2d(2, 3, 3", "SparseConv2d(2, 3, 3"]
+)
+def test_each_layer_trains_where_nothing_else_was_imported(name):
+    shape = "(5, 6)" if "Linear" in name else "(3, 2, 3, 3)"
+    code = (
+        f"import torch; from initperf import {name.split('(')[0]}\n"
+        f"layer = {name}, mask=torch.rand{shape} < 0.5)\n"
+        f"layer(torch.randn({'4, 6' if 'Linear' in name else '4, 2, 8, 8'})).sum().backward()\n"
+        "print(all(p.grad is not None for p in layer.parameters()))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.split() == ["True"], found.stderr

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from initperf.checks import InitPerfError
 from initperf.experiments.networks import mlp
+from initperf.runfolder import RunFolder
 from initperf.search import TicketSearch
 from initperf.ticket import Ticket
 
@@ -523,6 +524,43 @@ def test_rounds_may_be_added_later(tmp_path):
     assert rows(tmp_path / "grown") == rows(tmp_path / "whole")
     for name in ("curves.csv", "movement.csv", "config.json"):
         assert (tmp_path / "grown" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_that_grew_and_was_killed_before_its_record_keeps_every_row(tmp_path, monkeypatch):
+    for run in search(tmp_path / "whole", trials=1, controls=()):
+        train(run)
+    for run in search(tmp_path / "grown", trials=1, controls=(), rounds=1):
+        train(run)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            list(map(train, search(tmp_path / "grown", trials=1, controls=())))
+    for run in search(tmp_path / "grown", trials=1, controls=()):
+        train(run)
+    assert rows(tmp_path / "grown") == rows(tmp_path / "whole")
+    assert (tmp_path / "grown" / "movement.csv").read_bytes() == (tmp_path / "whole" / "movement.csv").read_bytes()
+
+
+def test_a_shorter_search_opened_before_the_folder_grew(tmp_path):
+    short = search(tmp_path, trials=1, rounds=1, controls=())
+    for run in search(tmp_path, trials=1, rounds=2, controls=()):
+        train(run)
+    for run in short:
+        train(run)
+    assert [row["level"] for row in rows(tmp_path)] == ["0", "1", "2"]
+
+
+def test_a_whole_run_stays_whole_when_fewer_trials_are_asked_for(tmp_path):
+    search(tmp_path, trials=2, config={"reduced": {}, "budget": None})
+    search(tmp_path, trials=1, config={"reduced": {"trials": "1 of 2"}, "budget": "reduced budget"})
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert (found["trials"], found["reduced"], found["budget"]) == (2, {}, None)
+    search(tmp_path / "none", trials=2, config={"reduced": None})
+    search(tmp_path / "none", trials=1, config={"reduced": None})
 
 
 def test_fewer_rounds_leave_the_numbers_of_a_longer_run_alone(tmp_path):

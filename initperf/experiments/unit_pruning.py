@@ -1,6 +1,6 @@
 """Liu et al. 2019 on structured pruning: is a network that whole units were pruned from better than the same one from scratch?
 
-Units of every hidden layer are pruned at once, those whose incoming weights have the least L1 norm after training (Li et
+Units of every hidden layer are pruned, those whose incoming weights have the least L1 norm after training (Li et
 al. 2017, Pruning Filters for Efficient ConvNets). What is left is a small dense network: fine-tuned from the trained weights,
 or trained from scratch for as many iterations (Scratch-E) or for the compute of the large network (Scratch-B, at most
 `most_compute` times as many). The learning rate is constant, so Scratch-E is the beginning of Scratch-B.
@@ -37,7 +37,10 @@ NETWORKS = ("large", "fine-tuned", "Scratch-E", "Scratch-B")
 def run_unit_pruning(setting: Setting, kept: Sequence[float] = KEPT, most_compute: float = MOST_COMPUTE) -> Outcome:
     """kept: shares of the hidden units, a small network each."""
     check(len(kept) > 0 and all(0 < share < 1 for share in kept), "shares of units between 0 and 1", list(kept))
-    equal, recipe = setting.recipe.iterations, replace(setting.recipe, rounds=0)
+    check(most_compute >= 1, "most_compute of at least 1", most_compute)
+    equal = setting.recipe.iterations
+    often = math.gcd(equal, setting.recipe.evaluate_every)  # so that Scratch-E's end is an evaluation
+    recipe = replace(setting.recipe, rounds=0, evaluate_every=often)
 
     def keep_weights(training: Training) -> None:
         state = {name: value.detach().contiguous() for name, value in training.model.state_dict().items()}
@@ -66,11 +69,15 @@ def run_unit_pruning(setting: Setting, kept: Sequence[float] = KEPT, most_comput
             return longer
 
         small = replace(recipe, hidden=hidden)
-        often = replace(
-            small, evaluate_every=math.gcd(equal, recipe.evaluate_every)
-        )  # Scratch-E's end is an evaluation
         tuned = setting.search(f"kept{share:g}-fine-tuned", hidden=hidden, init=inherit, recipe=small)
-        scratch = setting.search(f"kept{share:g}-scratch", hidden=hidden, init=fresh, recipe=often, iterations=length)
+        scratch = setting.search(
+            f"kept{share:g}-scratch",
+            hidden=hidden,
+            init=fresh,
+            recipe=small,
+            most_compute=most_compute,
+            iterations=length,
+        )
         rows += [{**row, "compute": 1.0} for row in rows_of(tuned, 0, **about, network="fine-tuned")]
         rows += scratch_rows(scratch, 0, equal, kind="ticket", **about, network="Scratch-E")
         rows += scratch_rows(scratch, 0, None, kind="ticket", **about, network="Scratch-B")
@@ -84,7 +91,8 @@ def _trained(setting: Setting, trial: int) -> Path:
 def prune_units(state: dict[str, Tensor], hidden: Sequence[int]) -> dict[str, Tensor]:
     """The parameters of an MLP (fc1.weight, fc1.bias, ...) with `hidden` units left in its hidden layers, those of greatest incoming L1 norm.
 
-    They stay in their order; a unit that goes takes its incoming weights, its bias and its outgoing weights along.
+    Layer by layer, from the first: norms are of what the layer before has left (the greedy way of Li et al.). Units stay in
+    their order; one that goes takes its incoming weights, its bias and its outgoing weights along.
     """
     found = dict(state)
     for i, width in enumerate(hidden, 1):

@@ -3,14 +3,17 @@
 Small layers are bound by what surrounds their product: Python, packing, reordering weights. Here activations stay in the
 second-level cache between layers, and the weights are kept in the order that each kernel reads: with a few batch rows in
 slices (lanes over 16 rows of like counts, X looked up in a block of 128 columns, which stays in registers for all slices),
-with more in the units of kernels/cpu/pattern.py. A copy of the values tells, by comparing, whether that order is to be
-made anew: versions do not know of writes through `.data`. Sums have one fixed order: the bits do not depend on threads.
+with more in the units of kernels/cpu/pattern.py. Both orders are made from a copy of the values, and every call compares
+that copy with the values (versions do not know of writes through `.data`): where they differ nothing is computed, and the
+plan is made anew. A plan whose copy is made never changes but by gaining an order, so threads may share it. Sums have one
+fixed order: the bits do not depend on threads.
 
 A plan is int64 (layers, FIELDS): sizes, addresses and flags; initperf/chain.py owns the memory behind it.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -45,7 +48,7 @@ from .spmm_ir import (
 )
 from .survivors import KINDS, PLACES, SLACK, STARTS, begin_rows, fetch
 from .tiles import ZERO, pack, start_sums, unpack
-from .vector import copy_bytes, full_vectors, pointer
+from .vector import full_vectors, pointer
 
 FIELDS = 23
 _OUTPUTS, _INPUTS, _NNZ, _VALUES, _COPY, _BIAS, _RELU = range(7)
@@ -108,9 +111,19 @@ def _differs_anywhere(one, other, size):
 
 
 @jit()
+def _is_current(itemsize, plan, form):
+    """Whether the values are those of the copies, and in the order of `form`."""
+    for i in range(plan.shape[0]):
+        layer = plan[i]
+        if not layer[_READY] & form or _differs_anywhere(layer[_VALUES], layer[_COPY], layer[_NNZ] * itemsize):
+            return False
+    return True
+
+
+@jit()
 def _fill_slices(kind, layer):
-    """The values in the order of the slices."""
-    values = storage_pointer(layer[_VALUES], kind)
+    """The values of the copy in the order of the slices."""
+    values = storage_pointer(layer[_COPY], kind)
     source, out = storage_pointer(layer[_SOURCE], PLACES), compute_pointer(layer[_SLICE_VALUES], kind)
     for slot in range(layer[_SLOTS]):
         place = np.int64(source[slot])
@@ -120,12 +133,12 @@ def _fill_slices(kind, layer):
 
 @jit()
 def _fill_units(kind, layer, cursor):
-    """The values in the order of the units."""
+    """The values of the copy in the order of the units."""
     panels, blocks, per_panel = layer[_PANELS], layer[_UNIT_BLOCKS], layer[_PER_PANEL]
     panel = per_panel * ROWS
     units, columns = storage_pointer(layer[_UNITS], _RECORDS), storage_pointer(layer[_UNIT_COLUMNS], _BYTES)
     out = compute_pointer(layer[_UNIT_VALUES], kind)
-    source = (layer[_VALUES], layer[_STARTS], layer[_NNZ], 0)
+    source = (layer[_COPY], layer[_STARTS], layer[_NNZ], 0)
     for p in range(panels):
         begin_rows(source, p * panel, min(layer[_OUTPUTS] - p * panel, panel), cursor)
         for kb in range(blocks):
@@ -134,28 +147,35 @@ def _fill_units(kind, layer, cursor):
 
 
 @jit()
-def _refresh(kind, itemsize, plan, form, scratch):
-    """Bring the values of every layer into the order of `form`, where they are not, or have changed."""
-    for i in range(plan.shape[0]):
+def _prepare(kind, plan_at, layers, form, cursor_at):
+    """Bring the copies into the order of `form`."""
+    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    for i in range(layers):
         layer = plan[i]
-        size = layer[_NNZ] * itemsize
-        if layer[_READY] and _differs_anywhere(layer[_VALUES], layer[_COPY], size):
-            layer[_READY] = 0
-        if not layer[_READY]:
-            copy_bytes(np.uintp(layer[_COPY]), np.uintp(layer[_VALUES]), np.uintp(size))
         if not layer[_READY] & form:
             if form == _IN_SLICES:
                 _fill_slices(kind, layer)
             else:
-                _fill_units(kind, layer, storage_pointer(scratch, STARTS))
+                _fill_units(kind, layer, storage_pointer(cursor_at, STARTS))
             layer[_READY] |= form
 
 
 @jit()
-def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch):
-    """One batch row after another. size: elements of each of the three buffers in `scratch`."""
+def _compare(itemsize, plan_at, layers):
+    """Whether the values are still those of the copies."""
     plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
-    _refresh(kind, itemsize, plan, _IN_SLICES, scratch)
+    found = False
+    for i in range(layers):
+        found |= _differs_anywhere(plan[i, _VALUES], plan[i, _COPY], plan[i, _NNZ] * itemsize)
+    return not found
+
+
+@jit()
+def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch):
+    """One batch row after another. size: elements of each of the three buffers in `scratch`. False, and nothing done, if not current."""
+    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    if not _is_current(itemsize, plan, _IN_SLICES):
+        return False
     block = len(wide) * REGISTER_COLUMNS
     source, out = storage_pointer(x_at, kind), storage_pointer(y_at, kind)
     buffer = compute_pointer(scratch, kind)
@@ -195,6 +215,7 @@ def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch)
         y = shifted(buffer, layers % 2 * size)
         for n in range(outputs):
             store(out, b * outputs + n, load(y, n))
+    return True
 
 
 @jit()
@@ -249,17 +270,21 @@ def _many(width, kind, plan, x_at, y_at, rows, parts, size, scratch):
 @jit()
 def _many_serial(itemsize, width, kind, plan_at, layers, x_at, y_at, rows, parts, size, scratch):
     plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
-    _refresh(kind, itemsize, plan, _IN_UNITS, scratch)
+    if not _is_current(itemsize, plan, _IN_UNITS):
+        return False
     _many(width, kind, plan, x_at, y_at, rows, (0, parts), size, scratch)
+    return True
 
 
 @jit(parallel=True)
 def _many_parallel(workers, bytes_each, itemsize, width, kind, plan_at, layers, x_at, y_at, rows, parts, size, scratch):
     plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
-    _refresh(kind, itemsize, plan, _IN_UNITS, scratch)
+    if not _is_current(itemsize, plan, _IN_UNITS):
+        return False
     for t in prange(workers):
         share = (parts * t // workers, parts * (t + 1) // workers)
         _many(width, kind, plan, x_at, y_at, rows, share, size, scratch + t * bytes_each)
+    return True
 
 
 @jit()
@@ -299,8 +324,9 @@ def _index_slices(mask_at, sizes, block, steps, positions, columns, source, fill
                             columns[slot + LANES * found + lane] = k - k0
                             source[slot + LANES * found + lane] = starts[n] + before[n] + found
                             found += 1
+                last = columns[slot + LANES * (found - 1) + lane] if found else np.uint8(0)
                 for j in range(found, most):
-                    columns[slot + LANES * j + lane] = 0
+                    columns[slot + LANES * j + lane] = last
                     source[slot + LANES * j + lane] = -1
             slot += LANES * most
         for n in range(N):
@@ -326,63 +352,72 @@ def slices_of(mask: Tensor) -> list[Tensor]:
     return [steps, positions, columns, source]
 
 
+Layer = tuple[Tensor, Tensor | None, Tensor, list[Tensor], bool]
+
+
 class Plan:
-    """A run of layers as the kernels read it: memory, and the addresses of parameters as they were last seen.
+    """A run of layers as the kernels read it: memory, addresses, and a copy of the values.
 
     layers: (values (nnz, 1), bias or None, mask (N, K) bool, index [units, columns, starts], relu), all on the CPU and
-    contiguous, of one dtype.
+    contiguous, of one dtype. slices: of an earlier plan for the same masks.
     """
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor | None, Tensor, list[Tensor], bool]]) -> None:
+    def __init__(self, layers: list[Layer], slices: list[list[Tensor]] | None = None) -> None:
+        self.arguments, self.lock = layers, threading.Lock()
         self.dtype = layers[0][0].dtype
         self.inputs, self.outputs = layers[0][2].shape[1], layers[-1][2].shape[0]
         self.slots = sum(index[1].numel() for _, _, _, index, _ in layers)
         self.nnz, self.weights = sum(v.numel() for v, *_ in layers), sum(mask.numel() for _, _, mask, *_ in layers)
         self.fields = torch.zeros((len(layers), FIELDS), dtype=torch.int64)
+        self.slices = slices or [slices_of(mask) for _, _, mask, *_ in layers]
         self.kept: list[Tensor] = []
         compute = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.itemsize, self.bytes = self.dtype.itemsize, compute.itemsize
         few, tile, rows = 0, self.inputs, 0
-        for fields, (values, bias, mask, (units, columns, starts), relu) in zip(self.fields, layers, strict=True):
-            (N, K), (panels, unit_blocks, per_panel, _) = mask.shape, units.shape
-            steps, positions, slice_columns, source = slices_of(mask)
-            blocks, slices = steps.shape
-            few = max(few, blocks * REGISTER_COLUMNS, N, blocks * slices * LANES)
+        for fields, of_slices, (values, bias, mask, index, relu) in zip(self.fields, self.slices, layers, strict=True):
+            (N, K), (panels, unit_blocks, per_panel, _) = mask.shape, index[0].shape
+            steps, _, _, source = of_slices
+            blocks, slices_ = steps.shape
+            few = max(few, blocks * REGISTER_COLUMNS, N, blocks * slices_ * LANES)
             tile = max(tile, panels * per_panel * ROWS)
             rows = max(rows, per_panel * ROWS)
             in_slices = torch.empty(source.numel(), dtype=compute)
-            in_units = torch.empty(columns.numel() + SLACK, dtype=compute)
-            copy = torch.empty_like(values)
-            self.kept += [steps, positions, slice_columns, source, in_slices, in_units, copy, units, columns, starts]
-            at = [t.data_ptr() for t in self.kept[-10:]]
+            in_units = torch.empty(index[1].numel() + SLACK, dtype=compute)
+            own = [in_slices, in_units, values.clone()]
+            self.kept += own
+            at = [t.data_ptr() for t in (*of_slices, *own, *index)]
             fields[:] = torch.tensor(
                 [N, K, values.numel(), values.data_ptr(), at[6], 0 if bias is None else bias.data_ptr(), relu]
-                + [blocks, slices, at[0], at[2], at[4], at[3], at[1], source.numel()]
+                + [blocks, slices_, at[0], at[2], at[4], at[3], at[1], source.numel()]
                 + [panels, unit_blocks, per_panel, at[7], at[8], at[5], at[9], 0]
             )
         self.few, self.tile, self.rows = -(-few // LANES) * LANES, tile, rows
         self.address, self.layers, self.kind = self.fields.data_ptr(), len(layers), KINDS[self.dtype]
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """y (B, outputs) of a contiguous x (B, inputs); both of the plan's dtype."""
+    def prepared(self, rows: int) -> Plan:
+        """This plan, or where the values have changed one with a new copy, ready for so many rows."""
+        if not _compare(self.itemsize, self.address, self.layers):
+            return Plan(self.arguments, self.slices).prepared(rows)
+        cursor = torch.empty(8 * self.rows, dtype=torch.uint8)
+        form = _IN_SLICES if rows <= FEW else _IN_UNITS
+        with self.lock:
+            _prepare(self.kind, self.address, self.layers, form, cursor.data_ptr())
+        return self
+
+    def __call__(self, x: Tensor, y: Tensor) -> bool:
+        """y (B, outputs) of a contiguous x (B, inputs), both of the plan's dtype; False, with nothing done, if it is not prepared."""
         rows = x.shape[0]
         x_at, y_at = x.data_ptr(), y.data_ptr()
         if rows <= FEW:
             memory = working_memory(3 * self.few * self.bytes)
-            _few(
-                *(self.kind, self.itemsize, _WIDE, self.address, self.layers, x_at, y_at, rows, self.few),
-                memory.data_ptr(),
-            )
-            return y
+            what = self.kind, self.itemsize, _WIDE, self.address, self.layers
+            return bool(_few(*what, x_at, y_at, rows, self.few, memory.data_ptr()))
         width = widths_of(rows)
         lanes = len(width) * LANES
         parts, size = -(-rows // lanes), self.tile * lanes
         workers = min(threads(), parts) if self.slots * rows >= SERIAL else 1
-        bytes_each = max(2 * size * self.bytes, -(-8 * self.rows // 64) * 64)
+        bytes_each = 2 * size * self.bytes
         memory = working_memory(workers * bytes_each)
-        shared = (self.itemsize, width, self.kind, self.address, self.layers, x_at, y_at, rows, parts, size)
-        if workers > 1:
-            _many_parallel(workers, bytes_each, *shared, memory.data_ptr())
-        else:
-            _many_serial(*shared, memory.data_ptr())
-        return y
+        plan = self.kind, self.address, self.layers
+        shared = (self.itemsize, width, *plan, x_at, y_at, rows, parts, size, memory.data_ptr())
+        return bool(_many_parallel(workers, bytes_each, *shared) if workers > 1 else _many_serial(*shared))

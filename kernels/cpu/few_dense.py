@@ -170,7 +170,7 @@ def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
 
 def runs(x: Tensor, weight: Tensor) -> bool:
     """Whether they run for x (B, any) and a weight, or its mask."""
-    return pays(len(x), weight.numel(), x.dtype) and weight.is_contiguous()
+    return pays(len(x), weight.numel(), x.dtype) and weight.is_cpu and weight.is_contiguous()
 
 
 def _call(what: int, sizes: tuple[int, int, int], a: Tensor, b: Tensor, c: Tensor | None, out: Tensor) -> Tensor:
