@@ -127,6 +127,24 @@ def _check_conv(name: str, launch: Callable[..., Any], device: str) -> list[Tens
     return [home.masked_conv2d(x, weight, bias, mask, index, mask.shape, *geometry, True)]
 
 
+def _check_zero_pruned(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    values = _integers(31, 11, device=device)
+    mask = values > -2
+    return [launch(values.clone(), mask, bits) for bits in (None, pack_bits(mask))]
+
+
+def _check_chain(launch: Callable[..., Any], device: str) -> list[Tensor]:
+    """Two layers with ReLU between them, for one batch row and for many."""
+    given, home = _masked(device), import_module(f"{launch.__module__.rpartition('.')[0]}.sparse_linear")
+    second = (torch.arange(10 * 80) * 7919 % 100 < 30).view(10, 80).to(device)
+    weights = (given["weight"], given["mask"], given["bias"]), (_integers(10, 80, device=device), second, None)
+    layers = [
+        (weight[mask][:, None], bias, mask, home.sparse_tensors(mask)[:3], bias is not None)
+        for weight, mask, bias in weights
+    ]
+    return [launch(given["x"][:1], layers), launch(given["x"], layers)]
+
+
 def _check_sample_many(launch: Callable[..., Any], device: str) -> list[Tensor]:
     outs = [torch.empty(size, device=device) for size in (2500, 7)]
     launch(outs, [rng.uniform(-1, 1, torch.float32), rng.normal(0, 1)], [3, 4], 7)
@@ -144,6 +162,8 @@ CHECKS: dict[str, Check] = {
     "masked_linear": partial(_check_masked, "masked_linear"),
     "masked_grad_input": partial(_check_masked, "masked_grad_input"),
     "masked_grad_weight": partial(_check_masked, "masked_grad_weight"),
+    "zero_pruned": _check_zero_pruned,
+    "sparse_chain": _check_chain,
     "sparse_tensors": partial(_check_sparse, "sparse_tensors"),
     "sparse_linear": partial(_check_sparse, "sparse_linear"),
     "sparse_grad_input": partial(_check_sparse, "sparse_grad_input"),

@@ -421,3 +421,11 @@ class Plan:
         plan = self.kind, self.address, self.layers
         shared = (self.itemsize, width, *plan, x_at, y_at, rows, parts, size, memory.data_ptr())
         return bool(_many_parallel(workers, bytes_each, *shared) if workers > 1 else _many_serial(*shared))
+
+
+def sparse_chain(x: Tensor, layers: list[Layer]) -> Tensor:
+    """See initperf/reference/chain.py; for calls that keep no plan."""
+    y = torch.empty((len(x), layers[-1][2].shape[0]), dtype=x.dtype)
+    if len(x):
+        Plan(layers).prepared(len(x))(x.contiguous(), y)
+    return y
