@@ -96,12 +96,13 @@ def test_the_bits_do_not_depend_on_threads(rows):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, 2, 64, 256])
 def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(rows):
+    """In batches that run with the same lanes: 1 to 4 rows, and whole blocks of 64."""
     ours, x = model(100, 60, 10), torch.randn(rows, 100)
     with torch.no_grad():
         alone, among = ours(x), ours(torch.cat([x, torch.randn(rows, 100)]))
-    torch.testing.assert_close(alone, among[:rows])
+    assert torch.equal(bits(alone), bits(among[:rows]))
 
 
 @pytest.mark.parametrize("shape", [(100,), (3, 100), (2, 3, 100), (0, 100), (0, 2, 100)])
@@ -116,7 +117,8 @@ def test_inputs_that_are_not_contiguous():
     with torch.no_grad():
         torch.testing.assert_close(ours(x), dense_of(ours)(x))
         torch.testing.assert_close(ours(x[:1].expand(9, -1)), dense_of(ours)(x[:1].expand(9, -1)))
-        torch.testing.assert_close(ours(torch.randn(3, 200)[:, ::2][:1]).shape, torch.Size((1, 10)))
+        every_second = torch.randn(3, 200)[:, ::2][:1]
+        torch.testing.assert_close(ours(every_second), dense_of(ours)(every_second))
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -415,11 +417,8 @@ def test_a_parameter_or_class_replaced_after_the_first_call():
 
 def test_conversions_between_calls():
     ours, x = model(100, 60, 10), torch.randn(4, 100)
-    with torch.no_grad():
-        want = ours(x)
-        for dtype in (torch.float64, torch.float16, torch.float32, torch.float64, torch.bfloat16):
-            ours.to(dtype)
-            torch.testing.assert_close(ours(x.to(dtype)).float(), want, rtol=0.05, atol=0.05)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.float32, torch.float64, torch.bfloat16):
+        check(ours.to(dtype), x.to(dtype))
 
 
 @pytest.mark.parametrize("input", [None, {"x": 1}, [1.0], 3.0])

@@ -89,20 +89,17 @@ def test_a_layer_with_few_rows(rows):
     mask = torch.rand(400, 400, generator=torch.Generator().manual_seed(0)) < 0.5
     layer = MaskedLinear(400, 400, mask=mask)
     dense, x = layer.to_linear(), torch.randn(rows, 400)
-    few = few_dense.pays(rows, 400 * 400, torch.float32)
+    few = few_dense._WIDE and rows <= 16
+    x_ = x.clone().requires_grad_()
     with prefer("dense"):
         before = ops.CALLS.copy()
-        grads = [
-            torch.autograd.grad(layer(x_).pow(2).sum(), (x_, layer.weight, layer.bias))
-            for x_ in [x.clone().requires_grad_()]
-        ][0]
+        grads = torch.autograd.grad(layer(x_).pow(2).sum(), (x_, layer.weight, layer.bias))
         counted = ops.CALLS - before
         assert (counted["masked_grad_weight", "numba-dense"] == 1) == few
-        x_ = x.clone().requires_grad_()
         want = torch.autograd.grad(dense(x_).pow(2).sum(), (x_, dense.weight, dense.bias))
         want = (want[0], want[1].masked_fill(~mask, 0), want[2])
         for one, other in zip(grads, want, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         assert not grads[1][~mask].any()
         with torch.no_grad():
             torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)

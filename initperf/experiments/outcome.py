@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -71,6 +71,11 @@ def compare(rows: list[Any], column: str, ours: Row, other: Row) -> Difference |
     one, two = by_trial(rows, column, **ours), by_trial(rows, column, **other)
     both = sorted(one.keys() & two.keys())
     return paired_difference(one[trial] - two[trial] for trial in both) if both else None
+
+
+def early_and_final(table: Callable[[str, str], Table]) -> list[Table]:
+    """table(column of the accuracy, in words) for both times at which a network is judged."""
+    return [table(ACCURACY, "at early stop"), table("final_test_accuracy", "at the end")]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from initperf.checks import check
-from initperf.experiments.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
+from initperf.experiments.outcome import ACCURACY, Outcome, compare, early_and_final, over_trials, rows_of
 from initperf.experiments.side import Setting
 from initperf.experiments.side_figures import Panel, panels_figure
 from initperf.findings import NONE, Table, accuracy, percent, points
@@ -85,10 +86,7 @@ def scratch_rows(run: Run, level: int, until: int | None, kind: str = "reinit", 
 
 def tables(rows: list[dict]) -> list[Table]:
     """Means over trials, at early stop and at the end."""
-    return [
-        _table(rows, column, title)
-        for column, title in ((ACCURACY, "at early stop"), ("final_test_accuracy", "at the end"))
-    ]
+    return early_and_final(partial(_table, rows))
 
 
 def _table(rows: list[dict], column: str, title: str) -> Table:

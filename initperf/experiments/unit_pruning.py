@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from initperf.checks import check
 from initperf.experiments.networks import weights_of
-from initperf.experiments.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
+from initperf.experiments.outcome import ACCURACY, Outcome, compare, early_and_final, over_trials, rows_of
 from initperf.experiments.scratch import MOST_COMPUTE, compute, scratch_rows
 from initperf.experiments.side import Setting
 from initperf.experiments.side_figures import Panel, panels_figure
@@ -105,10 +106,7 @@ def prune_units(state: dict[str, Tensor], hidden: Sequence[int]) -> dict[str, Te
 
 def tables(rows: list[dict]) -> list[Table]:
     """Means over trials, at early stop and at the end."""
-    return [
-        _table(rows, column, title)
-        for column, title in ((ACCURACY, "at early stop"), ("final_test_accuracy", "at the end"))
-    ]
+    return early_and_final(partial(_table, rows))
 
 
 def _table(rows: list[dict], column: str, title: str) -> Table:

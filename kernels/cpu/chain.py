@@ -2,50 +2,31 @@
 
 Small layers are bound by what surrounds their product: Python, packing, reordering weights. Here activations stay in the
 second-level cache between layers, and the weights are kept in the order that each kernel reads: with a few batch rows in
-slices (lanes over 16 rows of like counts, X looked up in a block of 128 columns, which stays in registers for all slices),
-with more in the units of kernels/cpu/pattern.py. Both orders are made from a copy of the values, and every call compares
+the slices of kernels/cpu/slices.py, with more in the units of kernels/cpu/pattern.py. Both orders are made from a copy of the values, and every call compares
 that copy with the values (versions do not know of writes through `.data`): where they differ nothing is computed, and the
 plan is made anew. A plan whose copy is made never changes but by gaining an order, so threads may share it. Sums have one
 fixed order: the bits do not depend on threads.
 
-A plan is int64 (layers, FIELDS): sizes, addresses and flags; initperf/chain.py owns the memory behind it.
+A plan is int64 (layers, FIELDS): sizes, addresses and flags; the Plan owns the memory behind it.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, int64, prange, types, uint8
+from numba import carray, int64, prange, uint8
 from torch import Tensor
 
 from .few_rows import FEW
 from .jit import jit, threads
-from .lookup_ir import REGISTER_COLUMNS, lookup, lookup_table
+from .lookup_ir import REGISTER_COLUMNS
 from .memory import working_memory
 from .pattern import BLOCK, WIDE_BLOCK
 from .products import SERIAL, widths_of
-from .spmm_ir import (
-    LANES,
-    ROWS,
-    Loop,
-    compute_pointer,
-    element_size,
-    element_type,
-    filled,
-    fused,
-    intrinsic,
-    load,
-    multiply_unit,
-    shifted,
-    storage_pointer,
-    store,
-    store_vector,
-    vector_at,
-)
+from .slices import multiply_slices, slices_of
+from .spmm_ir import LANES, ROWS, compute_pointer, load, multiply_unit, shifted, storage_pointer, store
 from .survivors import KINDS, PLACES, SLACK, STARTS, begin_rows, fetch
 from .tiles import ZERO, pack, start_sums, unpack
 from .vector import full_vectors, pointer
@@ -57,36 +38,6 @@ _PANELS, _UNIT_BLOCKS, _PER_PANEL, _UNITS, _UNIT_COLUMNS, _UNIT_VALUES, _STARTS,
 _IN_SLICES, _IN_UNITS = 1, 2  # bits of _READY
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 _WIDE = (0,)  # registers for 128 columns
-
-
-@intrinsic
-def _multiply_slices(
-    typingctx: Any, wide: Any, steps: Any, slices: Any, columns: Any, values: Any, x: Any, sums: Any
-) -> Any:
-    """sums[16 s + lane] = sum over j < steps[s] of values[slot] * x[columns[slot]], slot = 16 (steps before s + j) + lane."""
-    element = element_type(x.dtype)
-    i64 = ir.IntType(64)
-
-    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, counts, count, cols, vals, block, out = args
-        table = lookup_table(builder, block, element, len(wide))
-        outer = Loop(builder, count, [ir.Constant(i64, 0)])
-        many = builder.sext(builder.load(builder.gep(counts, [outer.j])), i64)
-        begin = outer.carried[0]
-        end = builder.add(begin, builder.mul(many, ir.Constant(i64, LANES)))
-        none = filled(ir.VectorType(element, LANES), 0.0)
-        live = filled(ir.VectorType(ir.IntType(1), LANES), 1)
-        inner = Loop(builder, end, [none], first=begin, stride=LANES)
-        numbers = vector_at(builder, cols, inner.j, ir.IntType(8), 1)
-        value = vector_at(builder, vals, inner.j, element, element_size(element))
-        found = lookup(builder, table, block, numbers, element, live)
-        inner.end([fused(builder, value, found, inner.carried[0])])
-        place = builder.mul(outer.j, ir.Constant(i64, LANES))
-        store_vector(builder, inner.carried[0], out, place, element_size(element))
-        outer.end([end])
-        return ctx.get_dummy_value()
-
-    return types.void(wide, steps, types.int64, columns, values, x, sums), codegen
 
 
 @jit()
@@ -197,7 +148,7 @@ def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch)
             for kb in range(blocks):
                 here = shifted(steps, kb * slices)
                 sums = shifted(partial, kb * slices * LANES)
-                _multiply_slices(
+                multiply_slices(
                     wide, here, slices, shifted(columns, slot), shifted(values, slot), shifted(x, kb * block), sums
                 )
                 for s in range(slices):
@@ -285,71 +236,6 @@ def _many_parallel(workers, bytes_each, itemsize, width, kind, plan_at, layers, 
         share = (parts * t // workers, parts * (t + 1) // workers)
         _many(width, kind, plan, x_at, y_at, rows, share, size, scratch + t * bytes_each)
     return True
-
-
-@jit()
-def _index_slices(mask_at, sizes, block, steps, positions, columns, source, fill):
-    """The slices of a mask (N, K): rows by count in every block of columns, 16 a slice. Returns the slots; writes them if `fill`."""
-    N, K = sizes
-    mask = carray(pointer(np.uintp(mask_at), uint8), (N, K))
-    blocks, slices = steps.shape
-    before, counts = np.zeros(N, np.int64), np.empty(N, np.int64)
-    starts = np.zeros(N, np.int64)
-    for n in range(1, N):
-        starts[n] = starts[n - 1]
-        for k in range(K):
-            starts[n] += mask[n - 1, k]
-    slot = np.int64(0)
-    for kb in range(blocks):
-        k0, k1 = kb * block, min(K, kb * block + block)
-        for n in range(N):
-            counts[n] = 0
-            for k in range(k0, k1):
-                counts[n] += mask[n, k]
-        order = np.argsort(-counts, kind="mergesort")
-        for s in range(slices):
-            most = counts[order[s * LANES]]
-            steps[kb, s] = most
-            for lane in range(LANES):
-                at = s * LANES + lane
-                if at < N:
-                    positions[order[at], kb] = kb * slices * LANES + at
-                if not fill:
-                    continue
-                found = np.int64(0)
-                if at < N:
-                    n = order[at]
-                    for k in range(k0, k1):
-                        if mask[n, k]:
-                            columns[slot + LANES * found + lane] = k - k0
-                            source[slot + LANES * found + lane] = starts[n] + before[n] + found
-                            found += 1
-                last = columns[slot + LANES * (found - 1) + lane] if found else np.uint8(0)
-                for j in range(found, most):
-                    columns[slot + LANES * j + lane] = last
-                    source[slot + LANES * j + lane] = -1
-            slot += LANES * most
-        for n in range(N):
-            before[n] += counts[n]
-    return slot
-
-
-def slices_of(mask: Tensor) -> list[Tensor]:
-    """[steps (blocks, slices), positions (N, blocks), columns (slots,) uint8, source (slots,)] of a bool mask (N, K), int32 else.
-
-    source: the row-major number of each slot's survivor, or -1.
-    """
-    N, K = mask.shape
-    blocks, slices = -(-K // REGISTER_COLUMNS), -(-N // LANES)
-    steps = torch.empty((blocks, slices), dtype=torch.int32)
-    positions = torch.empty((N, blocks), dtype=torch.int32)
-    mask = mask.contiguous()
-    arguments = mask.data_ptr(), (N, K), REGISTER_COLUMNS, steps.numpy(), positions.numpy()
-    none = np.empty(0, np.uint8), np.empty(0, np.int32)
-    slots = _index_slices(*arguments, *none, False)
-    columns, source = torch.empty(slots, dtype=torch.uint8), torch.empty(slots, dtype=torch.int32)
-    _index_slices(*arguments, columns.numpy(), source.numpy(), True)
-    return [steps, positions, columns, source]
 
 
 Layer = tuple[Tensor, Tensor | None, Tensor, list[Tensor], bool]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -40,8 +41,14 @@ def _store(builder: Any, value: Any, line: Any, j: Any, live: Any = None) -> Non
     masked_call(builder, "store", _FLOAT, ir.VoidType(), [value, where, ir.Constant(_I32, 4), live])
 
 
-def _whole(builder: Any, length: Any) -> Any:
-    return builder.and_(length, _const(-LANES))
+def _along(builder: Any, length: Any, step: Callable[..., list[Any]], start: Sequence[Any] = ()) -> list[Any]:
+    """new carried = step(j, carried, live lanes or None) for j in steps of 16: whole vectors, then what is left, at most once."""
+    end = builder.and_(length, _const(-LANES))
+    loop = Loop(builder, end, list(start), stride=LANES)
+    loop.end(step(loop.j, loop.carried, None))
+    rest = Loop(builder, length, loop.carried, first=end, stride=LANES)
+    rest.end(step(rest.j, rest.carried, live_lanes(builder, builder.sub(length, rest.j))))
+    return rest.carried
 
 
 @intrinsic
@@ -55,17 +62,13 @@ def dot_rows(
         _, _, weight, weight_step, inputs, inputs_step, n, target = args
         w_lines, x_lines = _lines(builder, weight, weight_step, R), _lines(builder, inputs, inputs_step, B)
 
-        def step(j: Any, sums: list[Any], live: Any = None) -> list[Any]:
+        def step(j: Any, sums: list[Any], live: Any) -> list[Any]:
             xs = [_load(builder, line, j, live) for line in x_lines]
             ws = [_load(builder, line, j, live) for line in w_lines]
             return [fused(builder, ws[r], xs[b], sums[r * B + b]) for r in range(R) for b in range(B)]
 
-        end = _whole(builder, n)
-        loop = Loop(builder, end, [filled(_LINE, 0.0)] * (R * B), stride=LANES)
-        loop.end(step(loop.j, loop.carried))
-        rest = Loop(builder, n, loop.carried, first=end, stride=LANES)  # at most once
-        rest.end(step(rest.j, rest.carried, live_lanes(builder, builder.sub(n, rest.j))))
-        sums = rest.carried + [filled(_LINE, 0.0)] * (-R * B % ROWS)
+        sums = _along(builder, n, step, [filled(_LINE, 0.0)] * (R * B))
+        sums += [filled(_LINE, 0.0)] * (-R * B % ROWS)
         for i in range(0, len(sums), ROWS):
             store_vector(builder, sum_lanes(builder, sums[i : i + ROWS]), target, _const(i), 4)
         return ctx.get_dummy_value()
@@ -98,21 +101,16 @@ def add_rows(
             for line in _lines(builder, factors, factors_step, B)
         ]
 
-        def step(j: Any, live: Any = None) -> None:
+        def step(j: Any, _: list[Any], live: Any) -> list[Any]:
             ws = [_load(builder, line, j, live) for line in w_lines]
             for b, line in enumerate(out_lines):
                 total = _load(builder, line, j, live)
                 for r in range(R):
                     total = fused(builder, scalars[b][r], ws[r], total)
                 _store(builder, total, line, j, live)
+            return []
 
-        end = _whole(builder, n)
-        loop = Loop(builder, end, [], stride=LANES)
-        step(loop.j)
-        loop.end([])
-        rest = Loop(builder, n, [], first=end, stride=LANES)
-        step(rest.j, live_lanes(builder, builder.sub(n, rest.j)))
-        rest.end([])
+        _along(builder, n, step)
         return ctx.get_dummy_value()
 
     i64 = types.int64
@@ -142,7 +140,7 @@ def outer_rows(
         mask_lines = _lines(builder, survives, target_step, R)
         byte = ir.VectorType(ir.IntType(8), LANES)
 
-        def step(j: Any, live: Any = None) -> None:
+        def step(j: Any, _: list[Any], live: Any) -> list[Any]:
             over = Loop(builder, many, [filled(_LINE, 0.0)] * R)
             x = _load(builder, builder.gep(inputs, [builder.mul(over.j, inputs_step)]), j, live)
             line = builder.gep(factors, [builder.mul(over.j, factors_step)])
@@ -162,14 +160,9 @@ def outer_rows(
                 kept = builder.icmp_unsigned("!=", found, filled(byte, 0))
                 value = builder.select(kept, over.carried[r], filled(_LINE, 0.0))
                 _store(builder, value, out_lines[r], j, live)
+            return []
 
-        end = _whole(builder, n)
-        loop = Loop(builder, end, [], stride=LANES)
-        step(loop.j)
-        loop.end([])
-        rest = Loop(builder, n, [], first=end, stride=LANES)
-        step(rest.j, live_lanes(builder, builder.sub(n, rest.j)))
-        rest.end([])
+        _along(builder, n, step)
         return ctx.get_dummy_value()
 
     i64 = types.int64

@@ -7,8 +7,6 @@ gradient). Every sum has one fixed order: the bits do not depend on threads.
 
 from __future__ import annotations
 
-from functools import cache
-
 import llvmlite.binding
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from .jit import is_forked, jit, threads
 from .lanes import with_address
 from .memory import gradient_memory
 from .spmm_ir import LANES, load, shifted, storage_pointer, store
-from .team import Team, in_team, number, team
+from .team import in_team, members, number
 from .vector import pointer
 
 FEW = 16  # batch rows
@@ -157,12 +155,6 @@ def _run_parallel(what, B, N, K, a, b, c, out, workers):
         _share_of(job, worker, workers)
 
 
-@cache
-def _members() -> tuple[Team, int]:
-    """torch's threads, and what each does; compiled when first asked for."""
-    return team(), _member.address
-
-
 def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
     """Whether these kernels are the faster ones, by measurement; MKL's product for one row is good, and calls cost 3 us."""
     return _WIDE and 0 < rows <= FEW and weights >= (LEAST_OF_ONE if rows == 1 else LEAST) and dtype == torch.float32
@@ -176,7 +168,7 @@ def runs(x: Tensor, weight: Tensor) -> bool:
 def _call(what: int, sizes: tuple[int, int, int], a: Tensor, b: Tensor, c: Tensor | None, out: Tensor) -> Tensor:
     addresses = a.data_ptr(), b.data_ptr(), 0 if c is None else c.data_ptr(), out.data_ptr()
     workers = 1 if sizes[1] * sizes[2] < SERIAL or is_forked() else torch.get_num_threads()
-    found, member = _members()
+    found, member = members(_member)
     if workers > 1 and not found[0]:
         _run_parallel(what, *sizes, *addresses, threads())
     else:

@@ -5,7 +5,6 @@ Tensors beyond the caches are read all the same, 8 or 4 elements at once, which 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import llvmlite.binding
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from .jit import is_forked, jit
 from .lanes import with_address
-from .team import Team, in_team, number, team
+from .team import in_team, members, number
 from .vector import intrinsic, pointer
 
 _LANES = 16
@@ -125,12 +124,6 @@ def _share(data):
         _zero_any(itemsize, words, mask, first, last, packed != 0)
 
 
-@cache
-def _members() -> tuple[Team, int]:
-    """torch's threads, and what each does; compiled when first asked for."""
-    return team(), _share.address
-
-
 @jit()
 def _zero_pruned(itemsize, words, mask, size, packed, workers, team, share):
     if workers > 1 and team[0]:
@@ -162,5 +155,5 @@ def zero_pruned(tensor: Tensor, mask: Tensor, bits: Tensor | None = None) -> Ten
         return tensor
     where = (mask if bits is None else bits).data_ptr()
     workers = 1 if size < SHARED or is_forked() else torch.get_num_threads()
-    _zero_pruned(itemsize, tensor.data_ptr(), where, size, bits is not None, workers, *_members())
+    _zero_pruned(itemsize, tensor.data_ptr(), where, size, bits is not None, workers, *members(_share))
     return tensor
