@@ -21,7 +21,6 @@ from initperf.choice import KINDS, MOST, ROWS, WEIGHTS, Table
 from initperf.files import write_atomically
 from initperf.kernels.cpu import masked_matmul, sparse_linear
 from initperf.kernels.cpu.pattern import pattern_tensors
-from initperf.kernels.cpu.sparse_linear import compress, expand
 from initperf.kernels.cpu.sparse_pattern import sparse_tensors
 
 DENSITIES = (0.05, 0.5)
@@ -30,6 +29,7 @@ SECONDS = 0.008  # a timing lasts at least this, or three calls
 MARGIN = (
     0.95  # the sparse kernel must be that much faster: a wrong choice near the break-even costs little, a slow one more
 )
+OVERHEAD = {"masked": 7e-6, "sparse": 4e-6}  # seconds a product: what a layer spends more where not all of them are dense
 DTYPES = {4: torch.float32, 2: torch.bfloat16}
 STEPS = len(DTYPES) * len(WEIGHTS) * len(ROWS)
 
@@ -76,10 +76,6 @@ class _Layer:
         side = len(self.mask)
         w, mask, values, bits = self.weight, self.mask, self.values, self.bits
 
-        def dense_values() -> Tensor:
-            return compress(torch.mm(x.t(), x), bits, len(values))
-
-        linear = torch.nn.functional.linear
         return {
             "masked_linear": (
                 lambda: masked_matmul.masked_linear(x, w, None, mask, self.pattern, True),
@@ -95,13 +91,16 @@ class _Layer:
             ),
             "sparse_linear": (
                 lambda: sparse_linear.sparse_linear(x, values, None, bits, side, self.sparse),
-                lambda: linear(x, expand(values, bits, side, side)),
+                lambda: sparse_linear.dense_linear(x, values, None, bits, side),
             ),
             "sparse_grad_input": (
                 lambda: sparse_linear.sparse_grad_input(x, values, bits, side, self.sparse),
-                lambda: torch.mm(x, expand(values, bits, side, side)),
+                lambda: sparse_linear.dense_grad_input(x, values, bits, side),
             ),
-            "sparse_grad_values": (lambda: sparse_linear.sparse_grad_values(x, x, bits, self.sparse), dense_values),
+            "sparse_grad_values": (
+                lambda: sparse_linear.sparse_grad_values(x, x, bits, self.sparse),
+                lambda: sparse_linear.dense_grad_values(x, x, bits, len(values)),
+            ),
         }
 
 
@@ -118,7 +117,7 @@ def _break_evens(layers: list[_Layer], rows: int) -> Iterator[tuple[str, float]]
         first, second, dense = interleaved(calls)
         slope = (second - first) / (layers[1].density - layers[0].density)
         start = first - slope * layers[0].density
-        room = MARGIN * dense - start
+        room = MARGIN * dense - OVERHEAD[kind.split("_")[0]] - start
         yield kind, min(MOST, max(0.0, room / slope)) if slope > 0 else (MOST if room > 0 else 0.0)
 
 

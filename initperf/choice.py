@@ -46,6 +46,7 @@ Table = dict[str, list[list[float]]]  # "kind/bytes of an element" -> [rows][wei
 
 _log = logging.getLogger("initperf")
 _calibrated = True
+_tables_read = 0  # times
 _mode = os.environ.get("INITPERF_PRODUCTS") or "auto"
 check(_mode in MODES, f"INITPERF_PRODUCTS to be one of {', '.join(MODES)}", _mode)
 
@@ -69,6 +70,11 @@ def _none_pays(
     kinds: tuple[str, ...], rows: int, shape: tuple[int, int], nnz: int, dtype: torch.dtype, mode: str, threads: int
 ) -> bool:
     return not any(sparse_pays(kind, rows, shape, nnz, dtype, "cpu") for kind in kinds)
+
+
+def setting() -> tuple[object, ...]:
+    """What a choice depends on besides its arguments."""
+    return _mode, torch.get_num_threads(), _tables_read
 
 
 def all_dense(storage: str, rows: int, shape: tuple[int, int], nnz: int, dtype: torch.dtype) -> bool:
@@ -196,20 +202,30 @@ def _processor() -> str:
 
 def forget() -> None:
     """Read the tables anew."""
+    global _tables_read
+    _tables_read += 1
     tables.cache_clear()
     _none_pays.cache_clear()
     break_even.cache_clear()
 
 
+_LIMITS = {  # by ROWS, from 2**18 weights on: where our own dense products run, and where torch's do
+    "masked": ((0.0, 0.0, 0.06, 0.3, 0.42), (0.015, 0.01, 0.1, 1 / 3, 1 / 3)),
+    "sparse": ((0.12, 0.04, 0.2, 0.45, 0.5), (MOST, MOST, MOST, 0.7, 0.4)),
+}
+
+
 def _built_in(kind: str, size: int) -> list[list[float]]:
-    """By ROWS and WEIGHTS. 16-bit dense products may be several times faster (AMX), so those figures are half."""
-    if kind.startswith(
-        "sparse"
-    ):  # the dense product would have to fill a dense weight first, which few rows do not repay
-        limits = [[limit] * len(WEIGHTS) for limit in (MOST, MOST, MOST, 0.7, 0.4)]
-    else:
-        limits = [[0.0, 0.0, limit, limit, limit] for limit in (0.015, 0.01, 0.1, 1 / 3, 1 / 3)]
-    return [[limit * (0.5 if size == 2 else 1.0) for limit in row] for row in limits]
+    """By ROWS and WEIGHTS, one figure for a layer's three products, since a step with both kinds takes longest to call.
+
+    Torch's dense products need a compressed weight to be filled first, which few rows do not repay. 16-bit ones may be
+    several times faster (AMX), so those figures are half.
+    """
+    storage = kind.split("_")[0]
+    if size == 4 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return [[0.0, 0.0, *[limit] * 3] for limit in _LIMITS[storage][0]]
+    limits = tuple(limit * (0.5 if size == 2 else 1.0) for limit in _LIMITS[storage][1])
+    return [[limit if storage == "sparse" else 0.0] * 2 + [limit] * 3 for limit in limits]
 
 
 BUILT_IN: Table = {f"{kind}/{size}": _built_in(kind, size) for kind in KINDS for size in (4, 2)}

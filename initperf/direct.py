@@ -21,10 +21,9 @@ _is_autocast_enabled = torch.is_autocast_enabled
 
 def plain(x: Tensor) -> bool:
     """Whether `x` has memory of its own and only autograd can be listening to an op on it: no mode, no transform, no tracing (of compilers and torch.jit), no tangents, no autocast, no subclass."""
-    on_cpu = x.is_cpu
     return (
         type(x) is Tensor
-        and (on_cpu or x.is_cuda)
+        and ((on_cpu := x.is_cpu) or x.is_cuda)
         and not _is_compiling()
         and not _dispatch_modes()
         and not _function_modes()
@@ -33,6 +32,18 @@ def plain(x: Tensor) -> bool:
         and _forward_ad._current_level < 0
         and not _is_autocast_enabled("cpu" if on_cpu else "cuda")
         and _has_memory(x)
+    )
+
+
+def writable(gradient: Tensor) -> bool:
+    """Whether kernels may be handed the memory of a gradient: only autograd, without create_graph, sees what they do. Sooner told than plain."""
+    return (
+        type(gradient) is Tensor
+        and not torch.is_grad_enabled()
+        and not _dispatch_modes()
+        and _function_transform() is None
+        and _forward_ad._current_level < 0
+        and _has_memory(gradient)
     )
 
 

@@ -50,36 +50,64 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         return cast(nn.Linear, self.to_dense())
 
     def forward(self, input: Tensor) -> Tensor:
-        pattern = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
-        found, mask = self._parameters.get, cast(Tensor, self._buffers["weight_mask"])  # sooner than attributes
+        plain = direct.plain(input)
+        compiling = not plain and torch.compiler.is_compiling()
+        pattern = self._pattern if compiling else self._fresh_pattern()
+        found = self._parameters.get  # sooner than attributes
         weight: Tensor = self.weight if (kept := found("weight")) is None else kept
         bias: Tensor | None = self.bias if (kept := found("bias")) is None else kept
-        check_input(input, self.in_features, weight.dtype)
-        check_bias(bias, weight, self.out_features)
+        if (
+            plain
+            and (way := pattern.way) is not None
+            and way[0] == _facts(input, bias)
+            and self._is_own(weight)
+            and torch.is_grad_enabled()
+        ):  # as at the last call: sooner told
+            return way[1](input, weight, bias, pattern)
+        mask: Any = self._buffers["weight_mask"]
+        rows, columns = self.out_features, self.in_features
+        check_input(input, columns, weight.dtype)
+        check_bias(bias, weight, rows)
         shape = input.shape
-        if pattern.density == 1.0:  # nothing to mask, in the gradient either
-            return nn.functional.linear(input, weight, bias)
-        flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), self.in_features)
-        if not torch.compiler.is_compiling() and direct.transformed():
+        flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)
+        if not (plain or compiling) and direct.transformed():
             # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own product
             return nn.functional.linear(input, weight.masked_fill(~mask, 0), bias)
-        rows, columns, own = self.out_features, self.in_features, self._is_own(weight)
-        if direct.composed(flat, rows * columns, masked_ops.MOST_COMPOSED if own else direct.TINY) and choice.all_dense(
-            "masked", len(flat), (rows, columns), pattern.nnz, weight.dtype
-        ):
-            if own and weight.is_cpu and weight.is_contiguous() and masked_ops.runs_few(len(flat), mask, weight.dtype):
-                y = masked_ops.few_linear(flat, weight, bias, mask)
-                return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
-            ops.CALLS["masked_linear", "mkl"] += 1
-            weight = pattern.premasked(weight) if own else torch.where(mask, weight, 0)
+        own = self._is_own(weight)
+        runs_own = own and plain and masked_ops.runs_own(len(flat), mask, weight)
+        if pattern.density == 1.0 and not runs_own:  # nothing to mask, in the gradient either
             return nn.functional.linear(input, weight, bias)
-        y = masked_ops.linear(flat, weight, bias, mask, pattern.tensors, own)
-        return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
+        if (
+            plain
+            and flat.is_cpu
+            and rows * columns <= (masked_ops.MOST_COMPOSED if own else direct.TINY)
+            and torch.is_grad_enabled()
+            and choice.all_dense("masked", len(flat), (rows, columns), pattern.nnz, weight.dtype)
+        ):
+            if own:
+                product = masked_ops.own_linear if runs_own else masked_ops.torch_linear
+                if flat is input:
+                    pattern.way = _facts(input, bias), product
+                y = product(flat, weight, bias, pattern)
+            else:
+                ops.CALLS["masked_linear", "mkl"] += 1
+                y = nn.functional.linear(flat, torch.where(mask, weight, 0), bias)
+        else:
+            op = masked_ops.linear if plain else masked_ops.masked_linear
+            y = op(flat, weight, bias, mask, pattern.tensors, own)
+        return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
+
+
+def _facts(input: Tensor, bias: Tensor | None) -> tuple[object, ...]:
+    """What decides which products run, for a layer with the same mask and the same memory."""
+    return input.shape, input.dtype, input.is_cpu, choice.setting(), None if bias is None else (bias.shape, bias.dtype)
 
 
 def check_bias(bias: Tensor | None, weight: Tensor, out_features: int) -> None:
     """Of the weight's dtype, device and outputs, as kernels that are handed addresses rely on."""
-    if bias is None or (bias.dtype == weight.dtype and bias.shape == (out_features,) and bias.device == weight.device):
+    if bias is None or (
+        bias.dtype is weight.dtype and bias.shape == (out_features,) and bias.device.type == weight.device.type
+    ):
         return
     fail(
         f"a bias of shape ({out_features},), {weight.dtype}, on {weight.device}",

@@ -112,6 +112,7 @@ class MaskedLayer(nn.Module):
 
     @torch.no_grad()
     def _mask_weight(self) -> None:
+        self._pattern.way = None
         weight = self._parameters.get("weight")
         if weight is not None and not weight.is_meta and self._pattern.nnz < weight.numel():
             pruned = ~self.weight_mask
@@ -125,7 +126,8 @@ class MaskedLayer(nn.Module):
         """Whether this is the layer's own Parameter, which obeys the mask; a parametrized or functional weight may be anything."""
         if torch.compiler.is_compiling():  # which does not follow weak references
             return isinstance(weight, nn.Parameter)
-        return self._own is not None and self._own() is weight
+        own = self._own
+        return own is not None and own() is weight
 
     def _overwritten(self) -> bool:
         """Whether the weight was written past the mask (by an init function, copy_, `.data = `), which the dense product would show.
@@ -155,11 +157,18 @@ class MaskedLayer(nn.Module):
         return SparsePattern(self.weight_mask)
 
     def _fresh_pattern(self) -> Pattern:
-        if not self._pattern.is_of(cast(Tensor, self._buffers["weight_mask"])):
+        pattern, mask = self._pattern, self._buffers["weight_mask"]
+        if not pattern.is_of(mask):  # type: ignore[arg-type]
             self._obey()
-        elif self._overwritten():
+            return self._pattern
+        seen, weight = self._seen, self._parameters.get("weight")
+        if seen is not None and type(weight) is nn.Parameter and not weight.is_inference():  # the usual case, sooner told
+            if seen == (weight._version, weight.data_ptr()):
+                return pattern
+        pattern.way = None
+        if self._overwritten():
             self._mask_weight()
-        return self._pattern
+        return pattern
 
     def reset_parameters(self) -> None:
         """Sample weight and bias as the dense layer does (kaiming_uniform_, a = sqrt(5)), by initperf.init, and apply the mask."""
@@ -196,6 +205,7 @@ class MaskedLayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.weight_mask
         super()._apply(fn, recurse)
+        self._pattern.way = None
         self._own = weakref.ref(self._parameters["weight"]) if self._parameters.get("weight") is not None else None
         if self.weight_mask is not before:
             if before.is_meta and not self.weight_mask.is_meta:

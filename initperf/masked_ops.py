@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,8 +21,11 @@ from initperf import direct, ops
 from initperf.choice import sparse_pays
 from initperf.reference import masked_matmul as reference
 
+if TYPE_CHECKING:
+    from initperf.pattern import Pattern
+
 _DENSE = {"cpu": "mkl", "cuda": "cublas"}
-FEW = "numba-dense"  # as what the kernels for few rows are counted
+OWN = "numba-dense"  # as what our own dense products are counted
 MOST_COMPOSED = 1 << 22  # weights: their gradient lies in the caches when it is masked; beyond, kept memory pays
 
 
@@ -31,9 +34,9 @@ def _run(name: str, rows: int, like: Tensor, mask: Tensor, pattern: list[Tensor]
     dense = _dense(name, device)
     if dense is None or (pattern and sparse_pays(name, rows, mask.shape, pattern[1].numel(), like.dtype, device)):
         return ops.implementation(name, device)(*args)
-    few = _few_dense() if device == "cpu" else None
-    runs = few is not None and few.runs(like, mask if name == "masked_grad_weight" else args[1])
-    ops.CALLS[name, FEW if runs else _DENSE[device]] += 1
+    own = _own_dense() if device == "cpu" else None
+    runs = own is not None and own.runs(like, mask if name == "masked_grad_weight" else args[1])
+    ops.CALLS[name, OWN if runs else _DENSE[device]] += 1
     return dense(*args)
 
 
@@ -49,27 +52,32 @@ def _dense(name: str, device: str) -> Callable[..., Tensor] | None:
     return getattr(masked_matmul, name.replace("masked", "dense"))
 
 
-def runs_few(rows: int, mask: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the dense products of so few rows are our own kernels, on the CPU, which are faster by more than a call costs."""
-    kernels = _few_dense()
-    return kernels is not None and kernels.pays(rows, mask.numel(), dtype) and mask.is_cpu and mask.is_contiguous()
+def runs_own(rows: int, mask: Tensor, weight: Tensor) -> bool:
+    """Whether our own dense products run, on the CPU: they are faster by more than their calls cost."""
+    kernels = _own_dense()
+    return (
+        kernels is not None
+        and kernels.pays(rows, mask.numel(), weight.dtype)
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and mask.is_cpu
+        and mask.is_contiguous()
+    )
 
 
 @cache
-def _few_dense() -> ModuleType | None:
+def _own_dense() -> ModuleType | None:
     if ops.backend_of("masked_linear", "cpu") == "reference":
         return None
-    from initperf.kernels.cpu import few_dense
+    from initperf.kernels.cpu import dense
 
-    return few_dense
+    return dense
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool
 ) -> Tensor:
-    """The op masked_linear, without the 8 us of a dispatch to Python where nothing could tell the difference."""
-    if not direct.plain(x):
-        return masked_linear(x, weight, bias, mask, pattern, premasked)
+    """The op masked_linear for a plain x: without the 8 us of a dispatch to Python, since nothing could tell the difference."""
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
@@ -77,11 +85,18 @@ def linear(
     return _masked_linear(x, weight, bias, mask, pattern, premasked)
 
 
-def few_linear(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
-    """masked_linear of a weight that obeys its mask where runs_few, for a plain x, with gradients by the same kernels."""
+def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    """masked_linear of a weight that obeys its mask where runs_own, for a plain x, with gradients by the same kernels."""
     if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return _FewLinear.apply(x, weight, bias, mask)
-    return _masked_linear(x, weight, bias, mask, [], True)
+        return _apply_own(x, weight, bias, pattern.mask)
+    return _masked_linear(x, weight, bias, pattern.mask, [], True)
+
+
+def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    """The same by torch's own ops: what nn.Linear computes, bit by bit, and a hook masks the gradient."""
+    ops.CALLS["masked_linear", "mkl"] += 1
+    transpose = pattern.premasked_transpose(weight)
+    return torch.mm(x, transpose) if bias is None else torch.addmm(bias, x, transpose)
 
 
 def _masked_linear(
@@ -135,32 +150,35 @@ class _Linear(torch.autograd.Function):
         return dx, dw, dy.sum(0) if needs_bias else None, *(None,) * (2 + len(pattern))
 
 
-class _FewLinear(torch.autograd.Function):
-    """_Linear for kernels that take a few microseconds: a step takes 13 us less."""
+class _OwnLinear(torch.autograd.Function):
+    """_Linear where all three products are our own dense ones: a step takes 13 us less."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mask):
         ctx.save_for_backward(x, weight, mask)
-        ops.CALLS["masked_linear", FEW] += 1
-        return cast(ModuleType, _few_dense()).forward(x, weight, bias)
+        ops.CALLS["masked_linear", OWN] += 1
+        return cast(ModuleType, _own_dense()).forward(x, weight, bias, mask.shape[0])
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mask = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         db = dy.sum(0) if needs_bias else None
-        if torch.is_grad_enabled() or not direct.plain(dy):
+        if not direct.writable(dy):
             products = (masked_grad_input, _masked_grad_input), (masked_grad_weight, _masked_grad_weight)
             dx = direct.backward(*products[0], dy, weight, mask, [], True) if needs_x else None
             return dx, direct.backward(*products[1], dy, x, mask, []) if needs_weight else None, db, None
-        few, dx, dw = cast(ModuleType, _few_dense()), None, None
+        own, dx, dw = cast(ModuleType, _own_dense()), None, None
         if needs_x:
-            ops.CALLS["masked_grad_input", FEW] += 1
-            dx = few.grad_input(dy, weight)
+            ops.CALLS["masked_grad_input", OWN] += 1
+            dx = own.grad_input(dy, weight, mask.shape[1])
         if needs_weight:
-            ops.CALLS["masked_grad_weight", FEW] += 1
-            dw = few.grad_weight(dy, x, mask)
+            ops.CALLS["masked_grad_weight", OWN] += 1
+            dw = own.grad_weight(dy, x, mask)
         return dx, dw, db, None
+
+
+_apply_own: Any = super(torch.autograd.Function, _OwnLinear).apply  # where no transform of torch.func is at work
 
 
 class _GradInput(torch.autograd.Function):

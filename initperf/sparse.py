@@ -67,26 +67,33 @@ class SparseLinear(SparseLayer):
         return cast(nn.Linear, super().to_dense())
 
     def forward(self, input: Tensor) -> Tensor:
-        pattern: Any = self._pattern if torch.compiler.is_compiling() else self._fresh_pattern()
-        own, bits = self._parameters.get, cast(Tensor, self._buffers["weight_mask_bits"])  # sooner than attributes
+        plain = direct.plain(input)
+        compiling = not plain and torch.compiler.is_compiling()
+        pattern: Any = self._pattern if compiling else self._fresh_pattern()
+        own, bits = self._parameters.get, self._buffers["weight_mask_bits"]  # sooner than attributes
         values: Tensor = self.weight_values if (found := own("weight_values")) is None else found
         bias: Tensor | None = self.bias if (found := own("bias")) is None else found
         check_input(input, self.in_features, values.dtype)
         check_bias(bias, values, self.out_features)
         shape = input.shape
         rows, columns = self.out_features, self.in_features
-        if not torch.compiler.is_compiling() and direct.transformed():
+        if not (plain or compiling) and direct.transformed():
             # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own product
             weight = _expanded(values, self.weight_mask.flatten().nonzero().squeeze(1), rows, columns)
             return nn.functional.linear(input, weight, bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)
-        if direct.composed(flat, rows * columns) and choice.all_dense(
-            "sparse", len(flat), (rows, columns), pattern.nnz, values.dtype
+        if (
+            rows * columns <= direct.TINY
+            and sparse_ops.own(flat) is None
+            and plain
+            and direct.composed(flat, rows * columns)
+            and choice.all_dense("sparse", len(flat), (rows, columns), pattern.nnz, values.dtype)
         ):
             ops.CALLS["sparse_linear", "mkl"] += 1
             return nn.functional.linear(input, _expanded(values, pattern.places, rows, columns), bias)
-        y = sparse_ops.linear(flat, values, bias, bits, self.out_features, pattern.tensors)
-        return y if len(shape) == 2 else y.reshape(*shape[:-1], self.out_features)
+        op = sparse_ops.linear if plain else sparse_ops.sparse_linear
+        y = op(flat, values, bias, bits, rows, pattern.tensors)
+        return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

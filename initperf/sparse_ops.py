@@ -11,30 +11,31 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from initperf import direct, ops
-from initperf.choice import sparse_pays
+from initperf import choice, direct, ops
 
 _DENSE = {"cpu": "mkl", "cuda": "cublas"}
+OWN = "numba-dense"  # as what our own dense products are counted
 
 
 def linear(x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int, pattern: list[Tensor]) -> Tensor:
-    """The op sparse_linear, without the dispatcher where nothing could tell the difference."""
-    if not direct.plain(x):
-        return sparse_linear(x, values, bias, bits, rows, pattern)
+    """The op sparse_linear for a plain x: without the dispatcher, since nothing could tell the difference."""
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
+        if own(x) is not None and choice.all_dense("sparse", len(x), (rows, x.shape[1]), len(values), x.dtype):
+            return _apply_own(x, values, bias, bits, rows, pattern)
         return _Linear.apply(x, values, bias, bits, rows, pattern)
     return _sparse_linear(x, values, bias, bits, rows, pattern)
 
 
 @cache
 def _kernels(device: str) -> ModuleType | None:
-    """The module with expand and compress of a device; None where the reference runs anyway, and is counted as that."""
+    """The module with the dense products of a device; None where the reference runs anyway, and is counted as that."""
     backend = ops.backend_of("sparse_linear", device)
     if backend == "numba":
         from initperf.kernels.cpu import sparse_linear as cpu
@@ -47,15 +48,21 @@ def _kernels(device: str) -> ModuleType | None:
     return None
 
 
+def own(like: Tensor) -> ModuleType | None:
+    """The module of our own dense products, if they run for tensors like this one: on the CPU, and if it has AVX-512."""
+    kernels = _kernels("cpu") if like.is_cpu else None
+    return kernels.dense if kernels is not None and kernels.dense.expands(like.dtype) else None
+
+
 def _dense(
     name: str, rows: int, shape: tuple[int, int], nnz: int, like: Tensor, pattern: list[Tensor]
 ) -> ModuleType | None:
-    """What unpacks the weight for the dense product, where that runs; it is counted."""
+    """The module of the dense products, where one of those runs; it is counted."""
     device = like.device.type
     kernels = _kernels(device)
-    if kernels is None or (pattern and sparse_pays(name, rows, shape, nnz, like.dtype, device)):
+    if kernels is None or (pattern and choice.sparse_pays(name, rows, shape, nnz, like.dtype, device)):
         return None
-    ops.CALLS[name, _DENSE[device]] += 1
+    ops.CALLS[name, _DENSE[device] if own(like) is None else OWN] += 1
     return kernels
 
 
@@ -63,26 +70,24 @@ def _sparse_linear(
     x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int, pattern: list[Tensor]
 ) -> Tensor:
     values = values.contiguous()
-    columns = x.shape[1]
-    dense = _dense("sparse_linear", x.shape[0], (rows, columns), values.shape[0], x, pattern)
+    dense = _dense("sparse_linear", x.shape[0], (rows, x.shape[1]), values.shape[0], x, pattern)
     if dense is not None:
-        return torch.nn.functional.linear(x, dense.expand(values, bits, rows, columns), bias)
+        return dense.dense_linear(x, values, bias, bits, rows)
     return ops.implementation("sparse_linear", x.device.type)(x, values, bias, bits, rows, pattern)
 
 
 def _sparse_grad_input(dy: Tensor, values: Tensor, bits: Tensor, columns: int, pattern: list[Tensor]) -> Tensor:
     values = values.contiguous()
-    rows = dy.shape[1]
-    dense = _dense("sparse_grad_input", dy.shape[0], (rows, columns), values.shape[0], dy, pattern)
+    dense = _dense("sparse_grad_input", dy.shape[0], (dy.shape[1], columns), values.shape[0], dy, pattern)
     if dense is not None:
-        return torch.mm(dy, dense.expand(values, bits, rows, columns))
+        return dense.dense_grad_input(dy, values, bits, columns)
     return ops.implementation("sparse_grad_input", dy.device.type)(dy, values, bits, columns, pattern)
 
 
 def _sparse_grad_values(dy: Tensor, x: Tensor, bits: Tensor, nnz: int, pattern: list[Tensor]) -> Tensor:
     dense = _dense("sparse_grad_values", dy.shape[0], (dy.shape[1], x.shape[1]), nnz, x, pattern)
     if dense is not None:
-        return dense.compress(torch.mm(dy.t(), x), bits, nnz)
+        return dense.dense_grad_values(dy, x, bits, nnz)
     return ops.implementation("sparse_grad_values", x.device.type)(dy, x, bits, pattern)
 
 
@@ -129,6 +134,35 @@ class _Linear(torch.autograd.Function):
         args = (dy, x, bits, values.shape[0], pattern)
         dv = direct.backward(*products[1], *args, reference=_reference_grad_values) if needs_values else None
         return dx, dv, dy.sum(0) if needs_bias else None, None, None, None
+
+
+class _OwnLinear(torch.autograd.Function):
+    """_Linear where all three products are our own dense ones, which take a few microseconds: less to look up in every step."""
+
+    @staticmethod
+    def forward(ctx, x, values, bias, bits, rows, pattern):
+        ctx.save_for_backward(x, values, bits)
+        ctx.pattern = pattern
+        ops.CALLS["sparse_linear", OWN] += 1
+        return cast(ModuleType, own(x)).forward(x, values.contiguous(), bias, rows, bits)
+
+    @staticmethod
+    def backward(ctx, dy):
+        if not direct.writable(dy):
+            return _Linear.backward(ctx, dy)
+        x, values, bits = ctx.saved_tensors
+        needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
+        dense, dx, dv = cast(ModuleType, own(x)), None, None
+        if needs_x:
+            ops.CALLS["sparse_grad_input", OWN] += 1
+            dx = dense.grad_input(dy, values.contiguous(), x.shape[1], bits)
+        if needs_values:
+            ops.CALLS["sparse_grad_values", OWN] += 1
+            dv = dense.grad_values(dy, x, bits, values.shape[0])
+        return dx, dv, dy.sum(0) if needs_bias else None, None, None, None
+
+
+_apply_own: Any = super(torch.autograd.Function, _OwnLinear).apply  # where no transform of torch.func is at work
 
 
 class _GradInput(torch.autograd.Function):

@@ -21,19 +21,19 @@ def _const(value: int) -> ir.Constant:
     return ir.Constant(_I64, value)
 
 
-def _lines(builder: Any, base: Any, step: Any, count: int) -> list[Any]:
+def rows_at(builder: Any, base: Any, step: Any, count: int) -> list[Any]:
     """Pointers to `count` rows."""
     return [builder.gep(base, [builder.mul(step, _const(i))]) for i in range(count)]
 
 
-def _load(builder: Any, line: Any, j: Any, live: Any = None) -> Any:
+def load_lanes(builder: Any, line: Any, j: Any, live: Any = None) -> Any:
     if live is None:
         return vector_at(builder, line, j, _FLOAT, 4)
     where = builder.bitcast(builder.gep(line, [j]), _LINE.as_pointer())
     return masked_call(builder, "load", _FLOAT, _LINE, [where, ir.Constant(_I32, 4), live, filled(_LINE, 0.0)])
 
 
-def _store(builder: Any, value: Any, line: Any, j: Any, live: Any = None) -> None:
+def store_lanes(builder: Any, value: Any, line: Any, j: Any, live: Any = None) -> None:
     if live is None:
         store_vector(builder, value, line, j, 4)
         return
@@ -60,11 +60,11 @@ def dot_rows(
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, _, weight, weight_step, inputs, inputs_step, n, target = args
-        w_lines, x_lines = _lines(builder, weight, weight_step, R), _lines(builder, inputs, inputs_step, B)
+        w_lines, x_lines = rows_at(builder, weight, weight_step, R), rows_at(builder, inputs, inputs_step, B)
 
         def step(j: Any, sums: list[Any], live: Any) -> list[Any]:
-            xs = [_load(builder, line, j, live) for line in x_lines]
-            ws = [_load(builder, line, j, live) for line in w_lines]
+            xs = [load_lanes(builder, line, j, live) for line in x_lines]
+            ws = [load_lanes(builder, line, j, live) for line in w_lines]
             return [fused(builder, ws[r], xs[b], sums[r * B + b]) for r in range(R) for b in range(B)]
 
         sums = _along(builder, n, step, [filled(_LINE, 0.0)] * (R * B))
@@ -95,19 +95,19 @@ def add_rows(
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, _, weight, weight_step, factors, factors_step, n, target, target_step = args
-        w_lines, out_lines = _lines(builder, weight, weight_step, R), _lines(builder, target, target_step, B)
+        w_lines, out_lines = rows_at(builder, weight, weight_step, R), rows_at(builder, target, target_step, B)
         scalars = [
             [splat(builder, builder.load(builder.gep(line, [_const(r)]))) for r in range(R)]
-            for line in _lines(builder, factors, factors_step, B)
+            for line in rows_at(builder, factors, factors_step, B)
         ]
 
         def step(j: Any, _: list[Any], live: Any) -> list[Any]:
-            ws = [_load(builder, line, j, live) for line in w_lines]
+            ws = [load_lanes(builder, line, j, live) for line in w_lines]
             for b, line in enumerate(out_lines):
-                total = _load(builder, line, j, live)
+                total = load_lanes(builder, line, j, live)
                 for r in range(R):
                     total = fused(builder, scalars[b][r], ws[r], total)
-                _store(builder, total, line, j, live)
+                store_lanes(builder, total, line, j, live)
             return []
 
         _along(builder, n, step)
@@ -121,6 +121,7 @@ def add_rows(
 def outer_rows(
     typingctx: Any,
     rows: Any,
+    masked: Any,
     dy: Any,
     dy_step: Any,
     x: Any,
@@ -131,18 +132,19 @@ def outer_rows(
     out: Any,
     out_step: Any,
 ) -> Any:
-    """out[r * out_step + k] = sum over b < batch of dy[b * dy_step + r] x[b * x_step + k] where the byte mask[r * out_step + k] is not 0, else 0."""
+    """out[r * out_step + k] = sum over b < batch of dy[b * dy_step + r] x[b * x_step + k] ; if masked,
+    a tuple, is not empty, where the byte mask[r * out_step + k] is not 0, else 0."""
     R = len(rows)
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, factors, factors_step, inputs, inputs_step, many, n, survives, target, target_step = args
-        out_lines = _lines(builder, target, target_step, R)
-        mask_lines = _lines(builder, survives, target_step, R)
+        _, _, factors, factors_step, inputs, inputs_step, many, n, survives, target, target_step = args
+        out_lines = rows_at(builder, target, target_step, R)
+        mask_lines = rows_at(builder, survives, target_step, R)
         byte = ir.VectorType(ir.IntType(8), LANES)
 
         def step(j: Any, _: list[Any], live: Any) -> list[Any]:
             over = Loop(builder, many, [filled(_LINE, 0.0)] * R)
-            x = _load(builder, builder.gep(inputs, [builder.mul(over.j, inputs_step)]), j, live)
+            x = load_lanes(builder, builder.gep(inputs, [builder.mul(over.j, inputs_step)]), j, live)
             line = builder.gep(factors, [builder.mul(over.j, factors_step)])
             sums = []
             for r in range(R):
@@ -150,6 +152,9 @@ def outer_rows(
                 sums.append(fused(builder, factor, x, over.carried[r]))
             over.end(sums)
             for r in range(R):
+                if not masked:
+                    store_lanes(builder, over.carried[r], out_lines[r], j, live)
+                    continue
                 where = builder.bitcast(builder.gep(mask_lines[r], [j]), byte.as_pointer())
                 if live is None:
                     found = builder.load(where)
@@ -159,11 +164,11 @@ def outer_rows(
                     found = masked_call(builder, "load", ir.IntType(8), byte, [where, align, live, filled(byte, 0)])
                 kept = builder.icmp_unsigned("!=", found, filled(byte, 0))
                 value = builder.select(kept, over.carried[r], filled(_LINE, 0.0))
-                _store(builder, value, out_lines[r], j, live)
+                store_lanes(builder, value, out_lines[r], j, live)
             return []
 
         _along(builder, n, step)
         return ctx.get_dummy_value()
 
     i64 = types.int64
-    return types.void(rows, _POINTER, i64, _POINTER, i64, i64, i64, _MASK, _POINTER, i64), codegen
+    return types.void(rows, masked, _POINTER, i64, _POINTER, i64, i64, i64, _MASK, _POINTER, i64), codegen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import few_dense
+from . import dense
 from .masking import zero_pruned
 from .memory import gradient_memory
 from .products import correlate, multiply
@@ -37,23 +37,23 @@ def masked_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor
 def dense_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool
 ) -> Tensor:
-    """masked_linear as a dense product: with few rows ours, else torch's."""
+    """masked_linear as a dense product: ours where it is faster, else torch's."""
     weight = weight if premasked else torch.where(mask, weight, 0)
-    if few_dense.runs(x, weight):
-        return few_dense.forward(x, weight, bias)
+    if dense.runs(x, weight):
+        return dense.forward(x, weight, bias, weight.shape[0])
     return torch.nn.functional.linear(x, weight, bias)
 
 
 def dense_grad_input(dy: Tensor, weight: Tensor, mask: Tensor, pattern: list[Tensor], premasked: bool) -> Tensor:
     """masked_grad_input as a dense product."""
     weight = weight if premasked else torch.where(mask, weight, 0)
-    return few_dense.grad_input(dy, weight) if few_dense.runs(dy, weight) else torch.mm(dy, weight)
+    return dense.grad_input(dy, weight, weight.shape[1]) if dense.runs(dy, weight) else torch.mm(dy, weight)
 
 
 def dense_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor]) -> Tensor:
     """masked_grad_weight as a dense product that is masked as it is written, or in place."""
-    if few_dense.runs(dy, mask):
-        return few_dense.grad_weight(dy, x, mask)
+    if dense.runs(dy, mask):
+        return dense.grad_weight(dy, x, mask)
     out = gradient_memory(mask, (dy.shape[1], x.shape[1]), x.dtype)
     if not out.numel():
         return out

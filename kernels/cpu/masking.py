@@ -142,18 +142,19 @@ def _zero_large(words, mask):
 
 
 def zero_pruned(tensor: Tensor, mask: Tensor, bits: Tensor | None = None) -> Tensor:
-    """`tensor`, contiguous, with 0 where the bool mask, of the same shape, is False; masked_fill_ takes tens of times longer.
+    """`tensor` with 0 where the bool mask is False; masked_fill_ takes tens of times longer.
 
-    bits: the same mask packed (initperf.pattern), which is sooner read.
+    tensor: contiguous, of the mask's shape, or the transpose of such a one. bits: the same mask packed (initperf.pattern),
+    which is sooner read.
     """
     size, itemsize = tensor.numel(), tensor.element_size()
     if not mask.is_contiguous():
-        return tensor.masked_fill_(~mask, 0)
-    if size * itemsize > CACHED:
-        words = tensor.view(-1).view(_WORDS[itemsize]).numpy()
+        (tensor if tensor.is_contiguous() else tensor.t()).masked_fill_(~mask, 0)
+    elif size * itemsize > CACHED:
+        words = (tensor if tensor.is_contiguous() else tensor.t()).view(-1).view(_WORDS[itemsize]).numpy()
         _zero_large(words, mask.view(-1).view(torch.uint8).numpy())
-        return tensor
-    where = (mask if bits is None else bits).data_ptr()
-    workers = 1 if size < SHARED or is_forked() else torch.get_num_threads()
-    _zero_pruned(itemsize, tensor.data_ptr(), where, size, bits is not None, workers, *members(_share))
+    else:
+        where = (mask if bits is None else bits).data_ptr()
+        workers = 1 if size < SHARED or is_forked() else torch.get_num_threads()
+        _zero_pruned(itemsize, tensor.data_ptr(), where, size, bits is not None, workers, *members(_share))
     return tensor

@@ -30,7 +30,7 @@ def gradient_memory(owner: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -
     """An uninitialized contiguous tensor; if large, in the block that the last such gradient of `owner` left, if that is free."""
     size = prod(shape) * dtype.itemsize
     if size < LARGE or torch.are_deterministic_algorithms_enabled():
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype)
     with _lock:
         block = _kept.get(owner)
         if block is None or block.nbytes != size:

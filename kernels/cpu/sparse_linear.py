@@ -7,6 +7,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from . import dense
 from .jit import jit, threads
 from .memory import gradient_memory
 from .products import correlate, multiply
@@ -143,3 +144,24 @@ def compress(dense: Tensor, bits: Tensor, nnz: int) -> Tensor:
             _flat(dense), bits.numpy(), _flat(values), 0, bits.numel(), 0
         )
     return values
+
+
+def dense_linear(x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int) -> Tensor:
+    """sparse_linear as a dense product: ours reads the compressed weight; torch's reads one that is filled for it."""
+    if dense.expands(x.dtype):
+        return dense.forward(x, values, bias, rows, bits)
+    return torch.nn.functional.linear(x, expand(values, bits, rows, x.shape[1]), bias)
+
+
+def dense_grad_input(dy: Tensor, values: Tensor, bits: Tensor, columns: int) -> Tensor:
+    """sparse_grad_input as a dense product."""
+    if dense.expands(dy.dtype):
+        return dense.grad_input(dy, values, columns, bits)
+    return torch.mm(dy, expand(values, bits, dy.shape[1], columns))
+
+
+def dense_grad_values(dy: Tensor, x: Tensor, bits: Tensor, nnz: int) -> Tensor:
+    """sparse_grad_values as a dense product, of which the survivors are kept."""
+    if dense.expands(x.dtype):
+        return dense.grad_values(dy, x, bits, nnz)
+    return compress(torch.mm(dy.t(), x), bits, nnz)

@@ -112,7 +112,7 @@ def _zip(builder: Any, x: Any, y: Any, group: int, *, high: bool) -> Any:
     return shuffled(builder, x, y, lanes)
 
 
-def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
     for group in (1, 2, 4, 8):
         swapped = list(rows)
         for i in range(LANES):
@@ -217,7 +217,7 @@ def transpose_in(typingctx: Any, source: Any, stride: Any, rows: Any, out: Any, 
             line = vector_at(builder, src, builder.mul(row, step), element, element_size(element))
             lines.append(builder.select(inside, line, _zero(line.type)))
         lines = [widen(builder, line, source.dtype) for line in lines]
-        for j, line in enumerate(_transpose(builder, lines)):
+        for j, line in enumerate(transposed(builder, lines)):
             store_vector(builder, line, dst, builder.mul(_const(j), dst_step), 64)
         return ctx.get_dummy_value()
 
@@ -232,7 +232,7 @@ def transpose_out(typingctx: Any, source: Any, stride: Any, out: Any, out_stride
         src, step, dst, dst_step, valid = args
         wide = element_type(source.dtype)
         lines = [vector_at(builder, src, builder.mul(_const(j), step), wide, 64) for j in range(LANES)]
-        for i, line in enumerate(_transpose(builder, lines)):
+        for i, line in enumerate(transposed(builder, lines)):
             with builder.if_then(builder.icmp_signed("<", _const(i), valid), likely=True):
                 line = narrow(builder, line, out.dtype)
                 store_vector(builder, line, dst, builder.mul(_const(i), dst_step), element_size(line.type.element))

@@ -69,3 +69,18 @@ def compress(dense: Tensor, bits: Tensor, nnz: int) -> Tensor:
 def _mask(bits: Tensor, rows: int, columns: int) -> Tensor:
     every = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> every) & 1).flatten()[: rows * columns].bool().view(rows, columns)
+
+
+def dense_linear(x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int) -> Tensor:
+    """sparse_linear as a dense product, of a weight that is filled for it."""
+    return torch.nn.functional.linear(x, expand(values, bits, rows, x.shape[1]), bias)
+
+
+def dense_grad_input(dy: Tensor, values: Tensor, bits: Tensor, columns: int) -> Tensor:
+    """sparse_grad_input as a dense product."""
+    return torch.mm(dy, expand(values, bits, dy.shape[1], columns))
+
+
+def dense_grad_values(dy: Tensor, x: Tensor, bits: Tensor, nnz: int) -> Tensor:
+    """sparse_grad_values as a dense product, of which the survivors are kept."""
+    return compress(torch.mm(dy.t(), x), bits, nnz)

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from initperf import SparseLinear, ops
 from initperf.checks import InitPerfError
 from initperf.choice import prefer
+from initperf.kernels.cpu.team import NO_TEAM
 from initperf.masked import MaskedLinear
 
-few_dense = pytest.importorskip("initperf.kernels.cpu.few_dense", exc_type=ImportError)
+own = pytest.importorskip("initperf.kernels.cpu.dense", exc_type=ImportError)
 
 SHAPES = [
     (2, 130, 260),
@@ -34,40 +35,39 @@ def test_dense_products_with_few_rows(rows, outputs, inputs, bias):
     weight = torch.randn(outputs, inputs) * mask
     b = torch.randn(outputs) if bias else None
     exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
-    assert_close_to_exact(few_dense.forward(x, weight, b), exact, F.linear(x, weight, b))
-    assert_close_to_exact(few_dense.grad_input(dy, weight), dy.double() @ weight.double(), dy @ weight)
+    assert_close_to_exact(own.forward(x, weight, b, outputs), exact, F.linear(x, weight, b))
+    assert_close_to_exact(own.grad_input(dy, weight, weight.shape[1]), dy.double() @ weight.double(), dy @ weight)
     exact = (dy.double().t() @ x.double()).masked_fill(~mask, 0)
-    found = few_dense.grad_weight(dy, x, mask)
+    found = own.grad_weight(dy, x, mask)
     assert_close_to_exact(found, exact, (dy.t() @ x).masked_fill(~mask, 0))
     assert not bits(found)[~mask].any()
     columns = torch.randn(inputs, rows).t(), torch.randn(outputs, rows).t()  # of other strides
     torch.testing.assert_close(
-        few_dense.forward(columns[0], weight, b), F.linear(columns[0], weight, b), rtol=1e-4, atol=1e-4
+        own.forward(columns[0], weight, b, len(weight)), F.linear(columns[0], weight, b), rtol=1e-4, atol=1e-4
     )
-    torch.testing.assert_close(few_dense.grad_input(columns[1], weight), columns[1] @ weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(own.grad_input(columns[1], weight, inputs), columns[1] @ weight, rtol=1e-4, atol=1e-4)
     want = (columns[1].t() @ columns[0]).masked_fill(~mask, 0)
-    torch.testing.assert_close(few_dense.grad_weight(columns[1], columns[0], mask), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(own.grad_weight(columns[1], columns[0], mask), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), [(16, 1001, 515), (1, 515, 1001), (3, 40, 9000), (2, 9000, 40)])
-def test_few_rows_have_the_same_bits_for_any_number_of_threads(rows, outputs, inputs):
+def test_few_rows_have_the_same_bits_for_any_number_of_threads(rows, outputs, inputs, monkeypatch):
     x, dy, weight = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
     mask, before, found = torch.rand(outputs, inputs) < 0.4, torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             results = (
-                few_dense.forward(x, weight, None),
-                few_dense.grad_input(dy, weight),
-                few_dense.grad_weight(dy, x, mask),
+                own.forward(x, weight, None, len(weight)),
+                own.grad_input(dy, weight, weight.shape[1]),
+                own.grad_weight(dy, x, mask),
             )
             found.append([bits(result) for result in results])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
-    parallel = torch.empty(rows, outputs)
-    few_dense._run_parallel(0, rows, outputs, inputs, weight.data_ptr(), x.data_ptr(), 0, parallel.data_ptr(), 2)
-    assert torch.equal(bits(parallel), found[0][0])
+    monkeypatch.setattr(own, "members", lambda work: (NO_TEAM, 0))  # on Numba's threads
+    assert torch.equal(bits(own.forward(x, weight, None, outputs)), found[0][0])
 
 
 def test_few_rows_spread_nan_and_infinity_as_a_dense_product_does():
@@ -75,12 +75,12 @@ def test_few_rows_spread_nan_and_infinity_as_a_dense_product_does():
     x[0, 7], x[1, 299], weight[5, 3], dy[2, 199] = float("nan"), float("inf"), float("inf"), float("nan")
     mask = torch.ones(200, 300, dtype=torch.bool)
     for found, dense in (
-        (few_dense.forward(x, weight, None), F.linear(x, weight)),
-        (few_dense.grad_input(dy, weight), dy @ weight),
-        (few_dense.grad_weight(dy, x, mask), dy.t() @ x),
+        (own.forward(x, weight, None, len(weight)), F.linear(x, weight)),
+        (own.grad_input(dy, weight, weight.shape[1]), dy @ weight),
+        (own.grad_weight(dy, x, mask), dy.t() @ x),
     ):
         torch.testing.assert_close(found, dense, equal_nan=True, rtol=1e-4, atol=1e-4)
-    assert not few_dense.grad_weight(dy, x, ~mask).any()
+    assert not own.grad_weight(dy, x, ~mask).any()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
@@ -89,7 +89,7 @@ def test_a_layer_with_few_rows(rows):
     mask = torch.rand(400, 400, generator=torch.Generator().manual_seed(0)) < 0.5
     layer = MaskedLinear(400, 400, mask=mask)
     dense, x = layer.to_linear(), torch.randn(rows, 400)
-    few = few_dense._WIDE and rows <= 16
+    few = own._WIDE and rows <= 16
     x_ = x.clone().requires_grad_()
     with prefer("dense"):
         before = ops.CALLS.copy()
