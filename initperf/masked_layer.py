@@ -162,9 +162,13 @@ class MaskedLayer(nn.Module):
             self._obey()
             return self._pattern
         seen, weight = self._seen, self._parameters.get("weight")
-        if seen is not None and type(weight) is nn.Parameter and not weight.is_inference():  # the usual case, sooner told
-            if seen == (weight._version, weight.data_ptr()):
-                return pattern
+        if (  # the usual case, sooner told
+            seen is not None
+            and type(weight) is nn.Parameter
+            and not weight.is_inference()
+            and seen == (weight._version, weight.data_ptr())
+        ):
+            return pattern
         pattern.way = None
         if self._overwritten():
             self._mask_weight()

@@ -74,7 +74,7 @@ class Pattern:
         """The same for the transpose (K, N) of a weight (N, K), which torch's own nn.Linear makes too: it takes 3 us less."""
         view = weight.t()
         if view.requires_grad:
-            view._backward_hooks = {0: self._mask_transpose}  # type: ignore[assignment]
+            view._backward_hooks = {0: self._mask_transpose}
             view.grad_fn._register_hook_dict(view)  # type: ignore[union-attr]
         return view
 

@@ -70,7 +70,7 @@ class SparseLinear(SparseLayer):
         plain = direct.plain(input)
         compiling = not plain and torch.compiler.is_compiling()
         pattern: Any = self._pattern if compiling else self._fresh_pattern()
-        own, bits = self._parameters.get, self._buffers["weight_mask_bits"]  # sooner than attributes
+        own, bits = self._parameters.get, cast(Tensor, self._buffers["weight_mask_bits"])  # sooner than attributes
         values: Tensor = self.weight_values if (found := own("weight_values")) is None else found
         bias: Tensor | None = self.bias if (found := own("bias")) is None else found
         check_input(input, self.in_features, values.dtype)

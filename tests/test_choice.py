@@ -82,9 +82,9 @@ def test_the_built_in_table_never_chooses_sparse_for_small_masked_layers_or_dens
     for kind in choice.KINDS:
         for size in (2, 4):
             rows = choice.BUILT_IN[f"{kind}/{size}"]
-            assert all(limit <= 0.4 for limit in rows[-1])
+            assert all(limit <= 0.5 for limit in rows[-1])
             if kind.startswith("masked"):
-                assert all(limit <= 0.4 for row in rows for limit in row)
+                assert all(limit <= 0.42 for row in rows for limit in row)
                 assert all(row[0] == 0 for row in rows)
 
 
@@ -142,8 +142,9 @@ def test_break_even_is_where_a_line_through_two_measured_times_meets_the_dense_t
 
     times = {0.1: 3.0, 0.3: 5.0}  # 2 + 10 density
     monkeypatch.setattr(calibrate, "interleaved", lambda calls: [times[calls[0]()], times[calls[1]()], 6.0])
-    for _, density in calibrate._break_evens([Layer(0.1), Layer(0.3)], 4):
-        assert density == pytest.approx((6.0 * calibrate.MARGIN - 2) / 10)
+    for kind, density in calibrate._break_evens([Layer(0.1), Layer(0.3)], 4):
+        overhead = calibrate.OVERHEAD[kind.split("_")[0]]
+        assert density == pytest.approx((6.0 * calibrate.MARGIN - overhead - 2) / 10, rel=1e-12)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -156,8 +157,9 @@ def test_every_product_of_a_layer_asks_by_the_batchs_rows_and_the_masks_survivor
         counts.append(nnz)
         return True
 
-    for module in ("masked_ops", "sparse_ops"):
+    for module in ("masked_ops", "choice"):
         monkeypatch.setattr(f"initperf.{module}.sparse_pays", answer)
+    monkeypatch.setattr(choice, "all_dense", lambda *_: False)
     monkeypatch.setattr("initperf.direct.TINY", 0)
     monkeypatch.setattr("initperf.masked_ops.MOST_COMPOSED", 0)
     mask = torch.rand(30, 20, generator=torch.Generator().manual_seed(0)) < 0.3

@@ -1,7 +1,12 @@
-"""Dense products of a masked layer with few batch rows: our own kernels."""
+"""Our own dense products of masked and compressed layers."""
 
+import ctypes
+import mmap
+
+import numpy as np
 import pytest
 import torch
+from initperf.kernels.cpu.team import NO_TEAM
 from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.nn import functional as F
@@ -9,65 +14,169 @@ from torch.nn import functional as F
 from initperf import SparseLinear, ops
 from initperf.checks import InitPerfError
 from initperf.choice import prefer
-from initperf.kernels.cpu.team import NO_TEAM
 from initperf.masked import MaskedLinear
+from initperf.pattern import pack_bits
 
 own = pytest.importorskip("initperf.kernels.cpu.dense", exc_type=ImportError)
 
-SHAPES = [
+pytestmark = pytest.mark.skipif(not own._WIDE, reason="our own dense products need AVX-512")
+SHAPES = [  # batch rows, outputs, inputs: few rows, then many; lone rows and columns, and sizes around those of blocks
+    (1, 300, 784),
+    (1, 7, 20_001),
     (2, 130, 260),
     (3, 33, 1000),
     (4, 257, 131),
     (5, 128, 256),
     (9, 1000, 33),
     (16, 301, 784),
-    (1, 300, 784),
-    (1, 7, 20_001),
+    (16, 1, 1),
+    (1, 1, 1),
+    (17, 65, 33),
+    (23, 1, 1),
+    (31, 300, 1),
+    (64, 1, 700),
+    (64, 40, 515),
+    (130, 1030, 17),
+    (300, 70, 260),
+    (513, 33, 47),
+    (1100, 8, 257),
 ]
+
+
+class Case:
+    """A weight with survivors, dense and compressed, and the three products of both."""
+
+    def __init__(self, rows, outputs, inputs, density, bias=True):
+        generator = torch.Generator().manual_seed(rows + outputs + inputs)
+        normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        self.x, self.dy, self.weight = normal(rows, inputs), normal(rows, outputs), normal(outputs, inputs)
+        self.bias = normal(outputs) if bias else None
+        self.mask = torch.rand(outputs, inputs, generator=generator) < density
+        self.weight *= self.mask
+        self.values, self.bits = self.weight[self.mask][:, None].contiguous(), pack_bits(self.mask)
+
+    def dense(self):
+        weight, (N, K) = self.weight, self.weight.shape
+        return (
+            own.forward(self.x, weight, self.bias, N),
+            own.grad_input(self.dy, weight, K),
+            own.grad_weight(self.dy, self.x, self.mask),
+        )
+
+    def compressed(self):
+        (N, K), values, packed = self.mask.shape, self.values, self.bits
+        return (
+            own.forward(self.x, values, self.bias, N, packed),
+            own.grad_input(self.dy, values, K, packed),
+            own.grad_values(self.dy, self.x, packed, len(values)),
+        )
+
+    def torchs(self, dtype):
+        x, dy, weight = self.x.to(dtype), self.dy.to(dtype), self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x, weight, bias), dy @ weight, (dy.t() @ x).masked_fill(~self.mask, 0)
 
 
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_dense_products_with_few_rows(rows, outputs, inputs, bias):
-    torch.manual_seed(rows)
-    x, dy = torch.randn(rows, inputs), torch.randn(rows, outputs)
-    mask = torch.rand(outputs, inputs) < 0.4
-    weight = torch.randn(outputs, inputs) * mask
-    b = torch.randn(outputs) if bias else None
-    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
-    assert_close_to_exact(own.forward(x, weight, b, outputs), exact, F.linear(x, weight, b))
-    assert_close_to_exact(own.grad_input(dy, weight, weight.shape[1]), dy.double() @ weight.double(), dy @ weight)
-    exact = (dy.double().t() @ x.double()).masked_fill(~mask, 0)
-    found = own.grad_weight(dy, x, mask)
-    assert_close_to_exact(found, exact, (dy.t() @ x).masked_fill(~mask, 0))
-    assert not bits(found)[~mask].any()
-    columns = torch.randn(inputs, rows).t(), torch.randn(outputs, rows).t()  # of other strides
-    torch.testing.assert_close(
-        own.forward(columns[0], weight, b, len(weight)), F.linear(columns[0], weight, b), rtol=1e-4, atol=1e-4
-    )
-    torch.testing.assert_close(own.grad_input(columns[1], weight, inputs), columns[1] @ weight, rtol=1e-4, atol=1e-4)
-    want = (columns[1].t() @ columns[0]).masked_fill(~mask, 0)
-    torch.testing.assert_close(own.grad_weight(columns[1], columns[0], mask), want, rtol=1e-4, atol=1e-4)
+def test_the_products_of_a_dense_weight(rows, outputs, inputs, bias):
+    case = Case(rows, outputs, inputs, 0.4, bias)
+    found, exact, torchs = case.dense(), case.torchs(torch.float64), case.torchs(torch.float32)
+    for name in ("x", "dy", "weight", "bias"):
+        setattr(case, name, None if getattr(case, name) is None else getattr(case, name).abs())
+    for results in zip(found, exact, torchs, case.torchs(torch.float64), strict=True):
+        assert_close_to_exact(*results)
+    case = Case(rows, outputs, inputs, 0.4, bias)
+    assert not bits(case.dense()[2])[~case.mask].any()
 
 
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(16, 1001, 515), (1, 515, 1001), (3, 40, 9000), (2, 9000, 40)])
-def test_few_rows_have_the_same_bits_for_any_number_of_threads(rows, outputs, inputs, monkeypatch):
-    x, dy, weight = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
-    mask, before, found = torch.rand(outputs, inputs) < 0.4, torch.get_num_threads(), []
+@pytest.mark.parametrize("rows", [4, 16, 40])
+def test_operands_of_other_strides(rows):
+    case = Case(rows, 50, 70, 0.5)
+    want = case.dense()
+    case.x, case.dy = case.x.t().contiguous().t(), case.dy.t().contiguous().t()
+    case.bias = case.bias.repeat_interleave(2)[::2]
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(case.dense(), want, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 0.96, 1.0])
+def test_a_compressed_weight_has_the_products_of_the_dense_one_bit_by_bit(rows, outputs, inputs, density):
+    case = Case(rows, outputs, inputs, density)
+    y, dx, dw = case.dense()
+    found = case.compressed()
+    assert torch.equal(bits(found[0]), bits(y))
+    assert torch.equal(bits(found[1]), bits(dx))
+    assert found[2].shape == case.values.shape
+    assert torch.equal(bits(found[2].flatten()), bits(dw[case.mask]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs"),
+    [(16, 1001, 515), (1, 515, 1001), (3, 40, 9000), (2, 9000, 40), (40, 515, 301), (600, 70, 1001), (90, 1001, 65)],
+)
+def test_the_same_bits_for_any_number_of_threads(rows, outputs, inputs, monkeypatch):
+    case, before, found = Case(rows, outputs, inputs, 0.4), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results = (
-                own.forward(x, weight, None, len(weight)),
-                own.grad_input(dy, weight, weight.shape[1]),
-                own.grad_weight(dy, x, mask),
-            )
-            found.append([bits(result) for result in results])
+            found.append([bits(result) for result in (*case.dense(), *case.compressed())])
+        torch.set_num_threads(2)
+        monkeypatch.setattr(own, "members", lambda work: (NO_TEAM, 0))  # on Numba's threads
+        found.append([bits(result) for result in (*case.dense(), *case.compressed())])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
-    monkeypatch.setattr(own, "members", lambda work: (NO_TEAM, 0))  # on Numba's threads
-    assert torch.equal(bits(own.forward(x, weight, None, outputs)), found[0][0])
+
+
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(100, 100, 600), (600, 300, 40), (16, 100, 2000)])
+def test_a_batch_in_parts_has_the_same_bits(rows, outputs, inputs):
+    """Every sum is a chain along the weight: neither tiles nor blocks of rows show in the forward pass and the input gradient."""
+    case = Case(rows, outputs, inputs, 0.5)
+    y, dx, _ = case.dense()
+    case.x, case.dy = case.x[: rows - 7], case.dy[: rows - 7]
+    assert torch.equal(bits(case.dense()[0]), bits(y[: rows - 7]))
+    assert torch.equal(bits(case.dense()[1]), bits(dx[: rows - 7]))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs a page that may not be read")
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 90])
+@pytest.mark.parametrize(("outputs", "inputs", "density"), [(9, 37, 0.5), (64, 64, 0.9), (33, 257, 0.05), (5, 8, 1.0)])
+def test_nothing_is_read_or_written_beyond_an_operand(rows, outputs, inputs, density):
+    """Every operand ends where a page begins that cannot be touched."""
+    case = Case(rows, outputs, inputs, density)
+    want = [*case.dense(), *case.compressed()]
+    for name in ("x", "dy", "weight", "bias", "mask", "values", "bits"):
+        setattr(case, name, before_a_wall(getattr(case, name)))
+    found = [*case.dense(), *case.compressed()]
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, want, strict=True))
+
+
+def before_a_wall(tensor):
+    """A copy of a tensor that ends where unreadable memory begins."""
+    size, page = max(tensor.nbytes, 1), mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    array = np.frombuffer(memory, np.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert protect(ctypes.c_void_p(array.ctypes.data + pages * page), ctypes.c_size_t(page), 0) == 0
+    flat = torch.from_numpy(array[pages * page - tensor.nbytes : pages * page]).view(tensor.dtype)
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+def test_no_rows_and_no_columns():
+    for rows, outputs, inputs in ((0, 3, 4), (5, 0, 4), (5, 3, 0), (40, 0, 4), (40, 3, 0)):
+        case = Case(rows, outputs, inputs, 0.5)
+        for found, want in zip(case.dense(), case.torchs(torch.float32), strict=True):
+            torch.testing.assert_close(found, want, rtol=0, atol=0)
+        assert case.compressed()[2].shape == (len(case.values), 1)
+        assert not case.compressed()[2].any()
+
+
+def test_very_many_rows():
+    case = Case(20_000, 9, 20, 0.5)
+    for found, want in zip(case.dense(), case.torchs(torch.float64), strict=True):
+        torch.testing.assert_close(found, want.float(), rtol=1e-4, atol=1e-3)
 
 
 def test_few_rows_spread_nan_and_infinity_as_a_dense_product_does():
@@ -83,19 +192,18 @@ def test_few_rows_spread_nan_and_infinity_as_a_dense_product_does():
     assert not own.grad_weight(dy, x, ~mask).any()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 17])
-def test_a_layer_with_few_rows(rows):
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 300])
+def test_which_products_a_layer_runs(rows):
     """Which products run, and that they, and their gradients of any order, are the layer's own."""
     mask = torch.rand(400, 400, generator=torch.Generator().manual_seed(0)) < 0.5
     layer = MaskedLinear(400, 400, mask=mask)
     dense, x = layer.to_linear(), torch.randn(rows, 400)
-    few = own._WIDE and rows <= 16
     x_ = x.clone().requires_grad_()
     with prefer("dense"):
         before = ops.CALLS.copy()
         grads = torch.autograd.grad(layer(x_).pow(2).sum(), (x_, layer.weight, layer.bias))
         counted = ops.CALLS - before
-        assert (counted["masked_grad_weight", "numba-dense"] == 1) == few
+        assert (counted["masked_grad_weight", "numba-dense"] == 1) == own.pays(rows, 160_000, torch.float32)
         want = torch.autograd.grad(dense(x_).pow(2).sum(), (x_, dense.weight, dense.bias))
         want = (want[0], want[1].masked_fill(~mask, 0), want[2])
         for one, other in zip(grads, want, strict=True):

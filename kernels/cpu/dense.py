@@ -27,11 +27,16 @@ from .vector import pointer
 FEW = 16  # batch rows
 LEAST, LEAST_OF_ONE = 1 << 12, 1 << 17  # weights, with several rows and with one
 LEAST_PRODUCT = 1 << 17  # multiplications, with many rows
-SERIAL, SERIAL_MANY = 1 << 17, 1 << 19  # weights, and with many rows multiplications, below which a second thread costs more than it saves
+SERIAL, SERIAL_MANY = (
+    1 << 17,
+    1 << 19,
+)  # weights, and with many rows multiplications, below which a second thread costs more than it saves
 _FORWARD, _GRAD_INPUT, _GRAD_WEIGHT = range(3)
 _MANY = 3  # more than those: the loops for many rows
 _JOB = 16
-_WHAT, _BATCH, _ROWS, _COLUMNS, _A, _X, _MORE, _OUT, _BITS, _BYTES, _VALUES, _SCRATCH, _EACH, _WORKERS, _ME, _TEAM = range(16)
+_WHAT, _BATCH, _ROWS, _COLUMNS, _A, _X, _MORE, _OUT, _BITS, _BYTES, _VALUES, _SCRATCH, _EACH, _WORKERS, _ME, _TEAM = (
+    range(16)
+)
 
 
 def _is_amd() -> bool:

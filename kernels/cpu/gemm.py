@@ -2,10 +2,8 @@
 
 A panel of 32 columns of the weight (rows, for the forward pass), 256 deep, is copied to the first-level cache, and tiles of 8 x 32
 sums stay in registers while they run along it. A compressed weight is expanded in that copy alone, so no dense one exists;
-the weight gradient leaves masked, or compressed. Every sum is a chain of fma by blocks of 256: its bits do not depend on
+the weight gradient leaves masked, or compressed. Every sum is made of chains of 64 fma: its bits do not depend on
 threads, on tiles, or on how the weight is stored.
-
-MKL's products do not use AVX-512 on AMD's processors, which is why ours may be twice as fast there.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from .spmm_ir import LANES, load, shifted, storage_pointer, store
 from .vector import pointer
 
 DEPTH = 256  # of a panel: 32 KiB
+CHAIN = 64  # products that are summed one after another: in longer chains roundings add up
 BLOCK = 512  # rows of sums, which the second-level cache holds
 PACKED = 1 << 17  # elements of dY that a thread copies at a time, for the weight gradient
 _BEFORE = (DEPTH + BLOCK) * PANEL + LANES * LANES  # elements before the packed factors
@@ -29,6 +28,14 @@ _1, _2, _3, _4, _5, _6, _7, _8 = ((0,) * n for n in range(1, 9))
 
 @jit()
 def _tile(rows, a, a_row, a_step, panel, depth, out, first):
+    """`tile` for 1 to 8 rows, by chains."""
+    for j in range(0, depth, CHAIN):
+        length, begins = min(CHAIN, depth - j), first and j == 0
+        _chain(rows, shifted(a, j * a_step), a_row, a_step, shifted(panel, j * PANEL), length, out, begins)
+
+
+@jit()
+def _chain(rows, a, a_row, a_step, panel, depth, out, first):
     if rows == 8:
         tile(_8, a, a_row, a_step, panel, depth, out, first)
     elif rows == 7:

@@ -45,7 +45,10 @@ def tile(
         starts = rows_at(builder, factors, row, R)
         loop = Loop(builder, n, [filled(_LINE, 0.0)] * (2 * R))
         place = builder.mul(loop.j, step)
-        columns = [vector_at(builder, builder.gep(lines, [builder.mul(loop.j, _const(PANEL))]), v * LANES, _FLOAT, 64) for v in (0, 1)]
+        columns = [
+            vector_at(builder, builder.gep(lines, [builder.mul(loop.j, _const(PANEL))]), v * LANES, _FLOAT, 64)
+            for v in (0, 1)
+        ]
         sums = []
         for r in range(R):
             factor = splat(builder, builder.load(builder.gep(starts[r], [place])))
@@ -187,7 +190,9 @@ def leave_survivors(typingctx: Any, line: Any, lanes: Any, count: Any, out: Any)
         kept = builder.bitcast(bits, ir.VectorType(ir.IntType(1), LANES))
         value = vector_at(builder, source, 0, _FLOAT, 64)
         kind = ir.FunctionType(_LINE, [_LINE, kept.type, _LINE])
-        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.experimental.vector.compress.v{LANES}f32")
+        function = cgutils.get_or_insert_function(
+            builder.module, kind, f"llvm.experimental.vector.compress.v{LANES}f32"
+        )
         value = builder.call(function, [value, kept, filled(_LINE, 0.0)])
         store_lanes(builder, value, target, _const(0), live_lanes(builder, many))
         return ctx.get_dummy_value()
@@ -197,7 +202,7 @@ def leave_survivors(typingctx: Any, line: Any, lanes: Any, count: Any, out: Any)
 
 def _reader(bits: int) -> Any:
     """An intrinsic: the unsigned integer of so many bits at an address, of any alignment."""
-    result = {8: types.uint8, 32: types.uint32, 64: types.uint64}[bits]
+    result: Any = {8: types.uint8, 32: types.uint32, 64: types.uint64}[bits]
 
     def reader(typingctx: Any, address: Any) -> Any:
         def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:

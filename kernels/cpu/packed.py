@@ -66,7 +66,7 @@ def expand(values, bits, K, row, column, width, places, out, vectors, asks):
     asks: whether each row's next values, needed later, are asked for. bits: also how many values there are.
     """
     for i in range(places.size):
-        at, first, v = places[i], (row + i) * K + column, np.int64(0)
+        at, first, v = places[i], (row + i) * K + column, 0
         byte, shift = bits[0] + (first >> 3), np.uint32(first & 7)
         if at + width + LANES <= bits[2] and ((first + width) >> 3) + 4 <= bits[1]:  # nothing ends within these
             for v in range(width // LANES):
