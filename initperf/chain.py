@@ -147,7 +147,7 @@ class _Run:
         check_input(x, plan.inputs, plan.dtype)
         flat = x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), plan.inputs)
         rows = flat.shape[0]
-        if not rows or not choice.pays("sparse_linear", rows, plan.weights, plan.nnz, plan.dtype):
+        if not rows or not choice.chain_pays(rows, plan.weights, plan.nnz, plan.dtype):
             return None
         flat, y = flat.contiguous(), torch.empty(rows, plan.outputs, dtype=plan.dtype)
         for _ in range(TRIES):

@@ -40,6 +40,7 @@ KINDS = (  # the products of a masked layer, then those of a compressed one
 ROWS = (1, 4, 16, 64, 256)  # batch rows
 WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)  # of a layer; the last are beyond the caches
 MOST = 0.95  # density from which no index is built (initperf/pattern.py)
+CHAINS = (0.95, 0.5, 0.7, 0.7, 0.9)  # by ROWS: density below which layers run as one call, where single ones may run dense
 MODES = ("auto", "sparse", "dense")
 
 Table = dict[str, list[list[float]]]  # "kind/bytes of an element" -> [rows][weights] -> break-even density
@@ -83,9 +84,14 @@ def all_dense(storage: str, rows: int, shape: tuple[int, int], nnz: int, dtype: 
     return _none_pays(kinds, rows, shape, nnz, dtype, _mode, torch.get_num_threads())
 
 
-def pays(kind: str, rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
-    """sparse_pays on the CPU for layers of so many weights together, remembered."""
-    return not _none_pays((kind,), rows, (weights, 1), nnz, dtype, _mode, torch.get_num_threads())
+def chain_pays(rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
+    """Whether compressed layers of so many weights together run as one call (initperf/chain.py), and not one by one."""
+    if _mode != "auto":
+        return _mode == "sparse"
+    if not _own_dense(dtype.itemsize):
+        return sparse_pays("sparse_linear", rows, (weights, 1), nnz, dtype, "cpu")
+    i, x = _between(ROWS, rows)
+    return nnz < weights * ((1 - x) * CHAINS[i] + x * CHAINS[i + 1])
 
 
 def _pays_on_gpu(kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype) -> bool:
@@ -215,6 +221,11 @@ _LIMITS = {  # by ROWS, from 2**18 weights on: where our own dense products run,
 }
 
 
+def _own_dense(itemsize: int) -> bool:
+    """Whether our own dense products run on compressed weights (kernels/cpu/dense.py), for elements of 4 bytes."""
+    return itemsize == 4 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _built_in(kind: str, size: int) -> list[list[float]]:
     """By ROWS and WEIGHTS, one figure for a layer's three products, since a step with both kinds takes longest to call.
 
@@ -222,7 +233,7 @@ def _built_in(kind: str, size: int) -> list[list[float]]:
     several times faster (AMX), so those figures are half.
     """
     storage = kind.split("_")[0]
-    if size == 4 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    if _own_dense(size):
         return [[0.0, 0.0, *[limit] * 3] for limit in _LIMITS[storage][0]]
     limits = tuple(limit * (0.5 if size == 2 else 1.0) for limit in _LIMITS[storage][1])
     return [[limit if storage == "sparse" else 0.0] * 2 + [limit] * 3 for limit in limits]

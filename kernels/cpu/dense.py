@@ -24,7 +24,6 @@ from .spmm_ir import LANES
 from .team import in_team, members, number
 from .vector import pointer
 
-FEW = 16  # batch rows
 LEAST, LEAST_OF_ONE = 1 << 12, 1 << 17  # weights, with several rows and with one
 LEAST_PRODUCT = 1 << 17  # multiplications, with many rows
 SERIAL, SERIAL_MANY = (
@@ -32,6 +31,7 @@ SERIAL, SERIAL_MANY = (
     1 << 19,
 )  # weights, and with many rows multiplications, below which a second thread costs more than it saves
 _FORWARD, _GRAD_INPUT, _GRAD_WEIGHT = range(3)
+FEW = {_FORWARD: 16, _GRAD_INPUT: 8, _GRAD_WEIGHT: 16}  # batch rows
 _MANY = 3  # more than those: the loops for many rows
 _JOB = 16
 _WHAT, _BATCH, _ROWS, _COLUMNS, _A, _X, _MORE, _OUT, _BITS, _BYTES, _VALUES, _SCRATCH, _EACH, _WORKERS, _ME, _TEAM = (
@@ -118,7 +118,7 @@ def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
     """Whether these products are faster than torch's, by measurement; MKL's for one row is good, and calls cost 3 us."""
     if dtype != torch.float32 or rows <= 0:
         return False
-    if rows > FEW:
+    if rows > FEW[_FORWARD]:
         return _FASTER and rows * weights >= LEAST_PRODUCT
     return _WIDE and weights >= (LEAST_OF_ONE if rows == 1 else LEAST)
 
@@ -139,7 +139,7 @@ def _call(
     B, N, K = sizes
     if not B * N * K:
         return out.zero_() if what != _FORWARD or more is None else out.copy_(more.expand_as(out))
-    many = B > FEW
+    many = B > FEW[what]
     serial = N * K * B < SERIAL_MANY if many else N * K < SERIAL
     workers = 1 if serial or is_forked() else torch.get_num_threads()
     found, member = members(_member)
