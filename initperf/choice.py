@@ -219,6 +219,7 @@ _LIMITS = {  # by ROWS, from 2**18 weights on: where our own dense products run,
     "masked": ((0.0, 0.0, 0.06, 0.3, 0.42), (0.015, 0.01, 0.1, 1 / 3, 1 / 3)),
     "sparse": ((0.12, 0.04, 0.2, 0.45, 0.5), (MOST, MOST, MOST, 0.7, 0.4)),
 }
+_FORWARD_OF_16 = {"masked": 0.15, "sparse": 0.45}  # where our own run, forward passes with 16 rows
 
 
 def _own_dense(itemsize: int) -> bool:
@@ -227,15 +228,18 @@ def _own_dense(itemsize: int) -> bool:
 
 
 def _built_in(kind: str, size: int) -> list[list[float]]:
-    """By ROWS and WEIGHTS, one figure for a layer's three products, since a step with both kinds takes longest to call.
+    """By ROWS and WEIGHTS, mostly one figure for a layer's three products, since a step with both kinds takes longest to call.
 
     Torch's dense products need a compressed weight to be filled first, which few rows do not repay. 16-bit ones may be
     several times faster (AMX), so those figures are half.
     """
     storage = kind.split("_")[0]
     if _own_dense(size):
-        return [[0.0, 0.0, *[limit] * 3] for limit in _LIMITS[storage][0]]
-    limits = tuple(limit * (0.5 if size == 2 else 1.0) for limit in _LIMITS[storage][1])
+        limits = list(_LIMITS[storage][0])
+        if kind.endswith("_linear"):
+            limits[ROWS.index(16)] = _FORWARD_OF_16[storage]
+        return [[0.0, 0.0, *[limit] * 3] for limit in limits]
+    limits = [limit * (0.5 if size == 2 else 1.0) for limit in _LIMITS[storage][1]]
     return [[limit if storage == "sparse" else 0.0] * 2 + [limit] * 3 for limit in limits]
 
 

@@ -81,7 +81,7 @@ def linear(
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _Linear.apply(x, weight, bias, mask, premasked, *pattern)
+        return _apply(x, weight, bias, mask, pattern, premasked)
     return _masked_linear(x, weight, bias, mask, pattern, premasked)
 
 
@@ -134,20 +134,28 @@ masked_grad_weight = ops.define(
 
 
 class _Linear(torch.autograd.Function):
+    """The pattern is a list, which autograd passes on unseen: four tensors less to wrap in every call."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, mask, premasked, *pattern):
-        ctx.save_for_backward(x, weight, mask, *pattern)
-        ctx.premasked = premasked
+    def forward(ctx, x, weight, bias, mask, pattern, premasked):
+        ctx.save_for_backward(x, weight, mask)
+        ctx.pattern, ctx.premasked = pattern, premasked
         return direct.below(masked_linear, _masked_linear, x, weight, bias, mask, pattern, premasked)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, mask, *pattern = ctx.saved_tensors
+        x, weight, mask = ctx.saved_tensors
+        pattern, premasked = ctx.pattern, ctx.premasked
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        db = dy.sum(0) if needs_bias else None
+        if direct.writable(dy):  # asked once for both products
+            dx = _masked_grad_input(dy, weight, mask, pattern, premasked) if needs_x else None
+            dw = _masked_grad_weight(dy, x, mask, pattern) if needs_weight else None
+            return dx, dw, db, None, None, None
         products = (masked_grad_input, _masked_grad_input), (masked_grad_weight, _masked_grad_weight)
-        dx = direct.backward(*products[0], dy, weight, mask, pattern, ctx.premasked) if needs_x else None
+        dx = direct.backward(*products[0], dy, weight, mask, pattern, premasked) if needs_x else None
         dw = direct.backward(*products[1], dy, x, mask, pattern) if needs_weight else None
-        return dx, dw, dy.sum(0) if needs_bias else None, *(None,) * (2 + len(pattern))
+        return dx, dw, db, None, None, None
 
 
 class _OwnLinear(torch.autograd.Function):
@@ -178,7 +186,8 @@ class _OwnLinear(torch.autograd.Function):
         return dx, dw, db, None
 
 
-_apply_own: Any = super(torch.autograd.Function, _OwnLinear).apply  # where no transform of torch.func is at work
+_apply: Any = super(torch.autograd.Function, _Linear).apply  # where no transform of torch.func is at work
+_apply_own: Any = super(torch.autograd.Function, _OwnLinear).apply
 
 
 class _GradInput(torch.autograd.Function):
@@ -214,7 +223,7 @@ class _GradWeight(torch.autograd.Function):
 
 ops.differentiate(
     "masked_linear",
-    lambda x, weight, bias, mask, pattern, premasked: _Linear.apply(x, weight, bias, mask, premasked, *pattern),
+    lambda x, weight, bias, mask, pattern, premasked: _Linear.apply(x, weight, bias, mask, pattern, premasked),
 )
 ops.differentiate(
     "masked_grad_input",

@@ -29,7 +29,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: i
     ):
         if own(x) is not None and choice.all_dense("sparse", len(x), (rows, x.shape[1]), len(values), x.dtype):
             return _apply_own(x, values, bias, bits, rows, pattern)
-        return _Linear.apply(x, values, bias, bits, rows, pattern)
+        return _apply(x, values, bias, bits, rows, pattern)
     return _sparse_linear(x, values, bias, bits, rows, pattern)
 
 
@@ -129,11 +129,16 @@ class _Linear(torch.autograd.Function):
         x, values, bits = ctx.saved_tensors
         pattern = ctx.pattern
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        db = dy.sum(0) if needs_bias else None
+        if direct.writable(dy):  # asked once for both products
+            dx = _sparse_grad_input(dy, values, bits, x.shape[1], pattern) if needs_x else None
+            dv = _sparse_grad_values(dy, x, bits, values.shape[0], pattern) if needs_values else None
+            return dx, dv, db, None, None, None
         products = (sparse_grad_input, _sparse_grad_input), (sparse_grad_values, _sparse_grad_values)
         dx = direct.backward(*products[0], dy, values, bits, x.shape[1], pattern) if needs_x else None
         args = (dy, x, bits, values.shape[0], pattern)
         dv = direct.backward(*products[1], *args, reference=_reference_grad_values) if needs_values else None
-        return dx, dv, dy.sum(0) if needs_bias else None, None, None, None
+        return dx, dv, db, None, None, None
 
 
 class _OwnLinear(torch.autograd.Function):
@@ -162,7 +167,8 @@ class _OwnLinear(torch.autograd.Function):
         return dx, dv, dy.sum(0) if needs_bias else None, None, None, None
 
 
-_apply_own: Any = super(torch.autograd.Function, _OwnLinear).apply  # where no transform of torch.func is at work
+_apply: Any = super(torch.autograd.Function, _Linear).apply  # where no transform of torch.func is at work
+_apply_own: Any = super(torch.autograd.Function, _OwnLinear).apply
 
 
 class _GradInput(torch.autograd.Function):

@@ -139,7 +139,7 @@ def _call(
     B, N, K = sizes
     if not B * N * K:
         return out.zero_() if what != _FORWARD or more is None else out.copy_(more.expand_as(out))
-    many = B > FEW[what]
+    many = FEW[what] < B
     serial = N * K * B < SERIAL_MANY if many else N * K < SERIAL
     workers = 1 if serial or is_forked() else torch.get_num_threads()
     found, member = members(_member)
