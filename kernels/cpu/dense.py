@@ -24,19 +24,16 @@ from .spmm_ir import LANES
 from .team import in_team, members, number
 from .vector import pointer
 
-LEAST, LEAST_OF_ONE = 1 << 12, 1 << 17  # weights, with several rows and with one
+LEAST, LEAST_OF_ONE = 1 << 12, 1 << 17  # weights of a masked layer, with several rows and with one
 LEAST_PRODUCT = 1 << 17  # multiplications, with many rows
-SERIAL, SERIAL_MANY = (
-    1 << 17,
-    1 << 19,
-)  # weights, and with many rows multiplications, below which a second thread costs more than it saves
+SERIAL = 1 << 17  # weights below which a second thread costs more than it saves
+SERIAL_MANY = 1 << 19  # multiplications, with many rows
 _FORWARD, _GRAD_INPUT, _GRAD_WEIGHT = range(3)
 FEW = {_FORWARD: 16, _GRAD_INPUT: 8, _GRAD_WEIGHT: 16}  # batch rows
 _MANY = 3  # more than those: the loops for many rows
 _JOB = 16
-_WHAT, _BATCH, _ROWS, _COLUMNS, _A, _X, _MORE, _OUT, _BITS, _BYTES, _VALUES, _SCRATCH, _EACH, _WORKERS, _ME, _TEAM = (
-    range(16)
-)
+_WHAT, _BATCH, _ROWS, _COLUMNS, _A, _X, _MORE, _OUT = range(8)  # places in a job
+_BITS, _BYTES, _VALUES, _SCRATCH, _EACH, _WORKERS, _ME, _TEAM = range(8, 16)
 
 
 def _is_amd() -> bool:
@@ -115,7 +112,7 @@ def _run_parallel(what, sizes, at, bits, memory, workers):
 
 
 def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
-    """Whether these products are faster than torch's, by measurement; MKL's for one row is good, and calls cost 3 us."""
+    """Whether these products are faster than torch's by more than their calls cost, by measurement; MKL's for one row is good."""
     if dtype != torch.float32 or rows <= 0:
         return False
     if rows > FEW[_FORWARD]:
