@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 M = TypeVar("M", bound=nn.Module)
-_UNSAVED = ("_pattern", "_probes", "_seen", "_own")  # made anew in a copy
+_UNSAVED = ("_pattern", "_probes", "_seen", "_words", "_own")  # made anew in a copy
 LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()  # all that live: optimizers know only their parameters
 
 
@@ -40,6 +40,8 @@ class MaskedLayer(nn.Module):
     _pattern: Pattern
     _probes: tuple[int, ...]  # positions of pruned weights
     _seen: tuple[int, int] | None  # the weight when it last obeyed
+    _words: tuple[Any, ...] = ()  # its memory at the probes
+    _magnitude = 0  # bits of a word but for the sign
     _own: weakref.ref[Any] | None = None  # the weight that obeys
 
     @classmethod
@@ -119,7 +121,7 @@ class MaskedLayer(nn.Module):
             weight.masked_fill_(pruned, 0)
             if weight.grad is not None:  # from before the mask: a step would revive with it
                 weight.grad.masked_fill_(pruned, 0)
-        self._seen = _state_of(weight)
+        self._see(weight)
         self._own = weakref.ref(weight) if weight is not None else None
 
     def _is_own(self, weight: object) -> bool:
@@ -130,15 +132,29 @@ class MaskedLayer(nn.Module):
         return own is not None and own() is weight
 
     def _overwritten(self) -> bool:
-        """Whether the weight was written past the mask (by an init function, copy_, `.data = `), which the dense product would show.
+        """Whether the weight, which was written since it last obeyed, was written past the mask; the dense product would show it.
 
-        Told on the CPU (elsewhere it would wait for the device) by three pruned places, which steps of optimizers leave 0.
+        By an init function, copy_, `weight[i] = `, `.data = ` and so on. Told on the CPU: elsewhere it would wait for the device.
         """
         weight = self._parameters.get("weight")
         if not self._probes or (state := _state_of(weight)) is None or state == self._seen or not self._is_own(weight):
             return False
-        self._seen = state
-        return any(_is_set(cast(Tensor, weight), place) for place in self._probes)
+        weight = cast(Tensor, weight)
+        if weight.shape != self.weight_mask.shape:
+            fail(
+                f"a weight of the mask's shape {tuple(self.weight_mask.shape)}",
+                tuple(weight.shape),
+                kind=InitPerfRuntimeError,
+            )
+        self._see(weight)
+        return bool(weight.data_ptr()) and self._pattern.is_broken_by(weight)
+
+    def _see(self, weight: Tensor | None) -> None:
+        """Remember the weight as it is, and where its probes lie."""
+        self._seen, self._words = _state_of(weight), ()
+        if self._probes and weight is not None and self._seen is not None and self._seen[1]:
+            self._words = tuple(_word_at(weight, place) for place in self._probes)
+            self._magnitude = (1 << (8 * weight.element_size() - 1)) - 1
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask: pruned weights become 0, revived ones start at 0. Optimizer state made before: mask_optimizer_."""
@@ -168,8 +184,14 @@ class MaskedLayer(nn.Module):
             and not weight.is_inference()
             and seen == (weight._version, weight.data_ptr())
         ):
+            found = 0
+            for word in self._words:  # `.data` and NumPy write unseen: what they write everywhere shows here
+                found |= word.value
+            if found & self._magnitude:
+                self._mask_weight()
             return pattern
-        pattern.way = None
+        if seen is None or weight is None or seen[1] != weight.data_ptr():
+            pattern.way = None
         if self._overwritten():
             self._mask_weight()
         return pattern
@@ -203,6 +225,7 @@ class MaskedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._pattern, self._probes, self._seen = self._new_pattern(), _pruned_places(self.weight_mask), None
+        self._words = ()
         self._own = weakref.ref(self.weight)
         LAYERS.add(self)
 
@@ -328,19 +351,15 @@ def _state_of(weight: Tensor | None) -> tuple[int, int] | None:
     return -1 if weight.is_inference() else weight._version, weight.data_ptr()
 
 
-_WORDS: dict[int, tuple[Any, int]] = {
-    size: (word, (1 << (8 * size - 1)) - 1)
-    for size, word in ((2, ctypes.c_uint16), (4, ctypes.c_uint32), (8, ctypes.c_uint64))
-}
+_WORDS: dict[int, Any] = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
 
 
-def _is_set(weight: Tensor, place: int) -> bool:
-    """Whether the value at a row-major position is neither 0 nor -0, read from memory: an op of torch takes ten times longer."""
+def _word_at(weight: Tensor, place: int) -> Any:
+    """The memory of the value at a row-major position: reading it takes a tenth of an op of torch."""
     size, offset = weight.element_size(), place
     if not weight.is_contiguous():
         offset = 0
         for length, stride in zip(reversed(weight.shape), reversed(weight.stride()), strict=True):
             place, at = divmod(place, length)
             offset += at * stride
-    word, magnitude = _WORDS[size]
-    return bool(word.from_address(weight.data_ptr() + offset * size).value & magnitude)
+    return _WORDS[size].from_address(weight.data_ptr() + offset * size)

@@ -58,6 +58,15 @@ class Pattern:
     def _packed(self, source: Tensor) -> Tensor:
         raise NotImplementedError
 
+    @torch.no_grad()
+    def is_broken_by(self, weight: Tensor) -> bool:
+        """Whether a weight on the CPU holds anything but 0 where the mask is False."""
+        if _kernel() is not None and weight.is_contiguous():
+            from initperf.kernels.cpu.masking import any_pruned
+
+            return any_pruned(weight, self._content)
+        return bool((weight != 0).logical_and_(~self.mask).any())
+
     def premasked(self, weight: Tensor) -> Tensor:
         """A weight that obeys its mask, for torch's own differentiable op: its gradient gets 0 where pruned. On the CPU.
 

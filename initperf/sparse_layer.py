@@ -281,16 +281,19 @@ class SparseLayer(nn.Module):
             "bias": None if bias is None else bias.shape,
         }
         found = {name: state_dict.get(prefix + name) for name in (*expected, "weight_values")}
+        misfits = False
         for name, shape in expected.items():
             value = found[name]
             if not isinstance(value, Tensor) or shape is None:
                 continue
             if value.shape != shape:
                 yield f"size mismatch for {prefix + name}: Expected shape {tuple(shape)}. Got {tuple(value.shape)}."
-                return
-            if name == "weight_mask_bits" and value.dtype != torch.uint8:
+                misfits = True
+            elif name == "weight_mask_bits" and value.dtype != torch.uint8:
                 yield f"Expected {prefix + name} of dtype torch.uint8. Got {value.dtype}."
-                return
+                misfits = True
+        if misfits:
+            return
         mask, values, bits = found["weight_mask"], found["weight_values"], found["weight_mask_bits"]
         if mask is not None and not mask.is_meta and not bool(((mask == 0) | (mask == 1)).all()):
             yield f"Expected {prefix}weight_mask to hold only 0 and 1 (True = survives). Got other values, dtype {mask.dtype}."

@@ -1,4 +1,4 @@
-"""Zeroing what a mask prunes, in place: 16 elements at once, of which the pruned ones are stored and the others not even read.
+"""Zeroing what a mask prunes, in place, and telling whether it is zero: 16 elements at once, of which the pruned ones are stored and the others not even read.
 
 Tensors beyond the caches are read all the same, 8 or 4 elements at once, which was measured to take two thirds of the time.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .jit import is_forked, jit
 from .lanes import with_address
+from .spmm_ir import Loop
 from .team import in_team, members, number
 from .vector import intrinsic, pointer
 
@@ -65,6 +66,44 @@ _zero_by_bytes, _zero_by_bits = _zero_line(False), _zero_line(True)
 
 
 @intrinsic
+def _pruned_bits(typingctx: Any, like: Any, words: Any, bits: Any, lines: Any) -> Any:
+    """What is set, but for signs, in elements like those of an array where bits of a packed mask are not, of `lines` times 16."""
+    size = like.dtype.bitwidth // 8
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, start, mask, count = args
+        word = ir.IntType(8 * size)
+        kind, i1, i64 = ir.VectorType(word, _LANES), ir.VectorType(ir.IntType(1), _LANES), ir.IntType(64)
+        zeros = ir.Constant(kind, [0] * _LANES)
+        loop = Loop(builder, count, [zeros])
+        at = builder.add(start, builder.mul(loop.j, ir.Constant(i64, size * _LANES)))
+        where = builder.add(mask, builder.mul(loop.j, ir.Constant(i64, 2)))
+        survives = builder.load(builder.inttoptr(where, ir.IntType(_LANES).as_pointer()), align=1)
+        value = builder.load(builder.inttoptr(at, kind.as_pointer()), align=size)
+        loop.end([builder.or_(loop.carried[0], builder.select(builder.bitcast(survives, i1), zeros, value))])
+        name = f"llvm.vector.reduce.or.v{_LANES}i{8 * size}"
+        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(word, [kind]), name)
+        magnitude = ir.Constant(word, (1 << (8 * size - 1)) - 1)
+        found = builder.and_(builder.call(reduce, loop.carried), magnitude)
+        return builder.zext(found, i64) if size < 8 else found
+
+    return types.uint64(like, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _magnitude(typingctx: Any, like: Any, address: Any) -> Any:
+    """The element at an address without its sign, as an integer."""
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        word, i64 = ir.IntType(like.dtype.bitwidth), ir.IntType(64)
+        value = builder.load(builder.inttoptr(args[1], word.as_pointer()))
+        value = builder.and_(value, ir.Constant(word, (1 << (like.dtype.bitwidth - 1)) - 1))
+        return builder.zext(value, i64) if like.dtype.bitwidth < 64 else value
+
+    return types.uint64(like, types.int64), codegen
+
+
+@intrinsic
 def _byte(typingctx: Any, address: Any) -> Any:
     """The byte at an address."""
 
@@ -109,6 +148,60 @@ def _zero_any(itemsize, words, mask, first, last, packed):
         _zero_span(_LIKE2, words, mask, first, last, packed)
     else:
         _zero_span(_LIKE8, words, mask, first, last, packed)
+
+
+@jit()
+def _any_span(like, words, bits, first, last):
+    """Whether any pruned element of first..last is not 0; first: a multiple of 16."""
+    itemsize, lines = like.itemsize, (last - first) // _LANES
+    found = _pruned_bits(like, words + first * itemsize, bits + first // 8, lines)
+    for i in range(first + lines * _LANES, last):
+        if not _byte(bits + i // 8) >> (i % 8) & 1:
+            found |= _magnitude(like, words + i * itemsize)
+    return found != 0
+
+
+@jit()
+def _any_of(itemsize, words, bits, first, last):
+    if itemsize == 4:
+        return _any_span(_LIKE4, words, bits, first, last)
+    if itemsize == 2:
+        return _any_span(_LIKE2, words, bits, first, last)
+    return _any_span(_LIKE8, words, bits, first, last)
+
+
+@with_address(types.void(types.uintp))
+def _share_of_any(data):
+    """What one thread of a team finds."""
+    job = carray(pointer(data, np.int64), (8,))
+    me, team = number(np.uintp(job[0])), number(np.uintp(job[1]))
+    itemsize, words, bits, size, workers = job[2], job[3], job[4], job[5], job[7]
+    for worker in range(me, workers, team):
+        first, last = size * worker // workers // _LANES * _LANES, size * (worker + 1) // workers // _LANES * _LANES
+        if worker == workers - 1:
+            last = size
+        if _any_of(itemsize, words, bits, first, last):
+            job[6] = 1  # by any thread, and the same from all
+
+
+@jit()
+def _any_pruned(itemsize, words, bits, size, workers, team, share):
+    if workers == 1 or not team[0]:
+        return _any_of(itemsize, words, bits, 0, size)
+    job = np.empty(8, np.int64)
+    job[0], job[1], job[2], job[3], job[4], job[5] = team[1], team[2], itemsize, words, bits, size
+    job[6], job[7] = 0, workers
+    in_team(np.uintp(team[0]), np.uintp(share), np.uintp(job.ctypes.data), np.uintp(workers))
+    return job[6] != 0
+
+
+def any_pruned(tensor: Tensor, bits: Tensor) -> bool:
+    """Whether a contiguous tensor holds anything but 0 and -0 where the packed mask `bits` is False."""
+    size = tensor.numel()
+    workers = 1 if size < SHARED or is_forked() else torch.get_num_threads()
+    return bool(
+        _any_pruned(tensor.element_size(), tensor.data_ptr(), bits.data_ptr(), size, workers, *members(_share_of_any))
+    )
 
 
 @with_address(types.void(types.uintp))
