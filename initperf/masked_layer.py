@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -137,9 +137,10 @@ class MaskedLayer(nn.Module):
         By an init function, copy_, `weight[i] = `, `.data = ` and so on. Told on the CPU: elsewhere it would wait for the device.
         """
         weight = self._parameters.get("weight")
-        if not self._probes or (state := _state_of(weight)) is None or state == self._seen or not self._is_own(weight):
+        if weight is None or not self._probes or not self._is_own(weight):
             return False
-        weight = cast(Tensor, weight)
+        if (state := _state_of(weight)) is None or state == self._seen:
+            return False
         if weight.shape != self.weight_mask.shape:
             fail(
                 f"a weight of the mask's shape {tuple(self.weight_mask.shape)}",
