@@ -59,15 +59,17 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if (
             plain
             and (way := pattern.way) is not None
-            and way[0] == _facts(input, bias)
+            and way[0] == _facts(input, weight, bias)
             and self._is_own(weight)
             and torch.is_grad_enabled()
         ):  # as at the last call: sooner told
             return way[1](input, weight, bias, pattern)
         mask: Any = self._buffers["weight_mask"]
         rows, columns = self.out_features, self.in_features
-        check_input(input, columns, weight.dtype)
+        check_input(input, columns, weight.dtype, weight.device)
         check_bias(bias, weight, rows)
+        if not compiling and weight.shape != mask.shape:
+            fail(f"a weight of shape {tuple(mask.shape)}", tuple(weight.shape), kind=InitPerfRuntimeError)
         shape = input.shape
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)
         if not (plain or compiling) and direct.transformed():
@@ -87,7 +89,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             if own:
                 product = masked_ops.own_linear if runs_own else masked_ops.torch_linear
                 if flat is input:
-                    pattern.way = _facts(input, bias), product
+                    pattern.way = _facts(input, weight, bias), product
                 y = product(flat, weight, bias, pattern)
             else:
                 ops.CALLS["masked_linear", "mkl"] += 1
@@ -98,9 +100,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
 
 
-def _facts(input: Tensor, bias: Tensor | None) -> tuple[object, ...]:
-    """What decides which products run, for a layer with the same mask and the same memory."""
-    return input.shape, input.dtype, input.is_cpu, choice.setting(), None if bias is None else (bias.shape, bias.dtype)
+def _facts(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
+    """What decides which products run, for a layer with the same mask."""
+    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.is_cpu)
+    return input.shape, input.dtype, input.is_cpu, weight.dtype, of_bias, choice.setting()
 
 
 def check_bias(bias: Tensor | None, weight: Tensor, out_features: int) -> None:
@@ -116,8 +119,8 @@ def check_bias(bias: Tensor | None, weight: Tensor, out_features: int) -> None:
     )
 
 
-def check_input(input: object, in_features: int, dtype: torch.dtype) -> None:
-    """A tensor (..., in_features) of the weight's dtype; under autocast, of any."""
+def check_input(input: object, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A tensor (..., in_features) of the weight's dtype, or under autocast of any, on the weight's kind of device."""
     if not isinstance(input, Tensor):
         fail("an input of type torch.Tensor", type(input).__name__, kind=InitPerfTypeError)
     shape = input.shape
@@ -129,3 +132,5 @@ def check_input(input: object, in_features: int, dtype: torch.dtype) -> None:
         )
     if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
         fail(f"an input of the weight's dtype {dtype}", input.dtype, kind=InitPerfRuntimeError)
+    if input.device.type != device.type:
+        fail(f"an input on the weight's device {device}", input.device, kind=InitPerfRuntimeError)

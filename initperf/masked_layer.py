@@ -39,7 +39,7 @@ class MaskedLayer(nn.Module):
     weight_mask: Tensor
     _pattern: Pattern
     _probes: tuple[int, ...]  # positions of pruned weights
-    _seen: tuple[int, int] | None  # the weight when it last obeyed
+    _seen: tuple[int, int, tuple[int, ...]] | None  # the weight when it last obeyed
     _words: tuple[Any, ...] = ()  # its memory at the probes
     _magnitude = 0  # bits of a word but for the sign
     _own: weakref.ref[Any] | None = None  # the weight that obeys
@@ -183,7 +183,7 @@ class MaskedLayer(nn.Module):
             seen is not None
             and type(weight) is nn.Parameter
             and not weight.is_inference()
-            and seen == (weight._version, weight.data_ptr())
+            and seen == (weight._version, weight.data_ptr(), weight.stride())
         ):
             found = 0
             for word in self._words:  # `.data` and NumPy write unseen: what they write everywhere shows here
@@ -191,7 +191,7 @@ class MaskedLayer(nn.Module):
             if found & self._magnitude:
                 self._mask_weight()
             return pattern
-        if seen is None or weight is None or seen[1] != weight.data_ptr():
+        if seen is None or weight is None or seen[1:] != (weight.data_ptr(), weight.stride()):
             pattern.way = None
         if self._overwritten():
             self._mask_weight()
@@ -345,11 +345,11 @@ def _pruned_places(mask: Tensor) -> tuple[int, ...]:
     return tuple(sorted({place for place in found if not flat[place]}))
 
 
-def _state_of(weight: Tensor | None) -> tuple[int, int] | None:
+def _state_of(weight: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
     """What changes whenever a plain tensor on the CPU is written or gets other memory; None for others."""
     if type(weight) is not nn.Parameter or not weight.is_cpu:
         return None
-    return -1 if weight.is_inference() else weight._version, weight.data_ptr()
+    return -1 if weight.is_inference() else weight._version, weight.data_ptr(), weight.stride()
 
 
 _WORDS: dict[int, Any] = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}

@@ -88,7 +88,7 @@ def linear(
 def own_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
     """masked_linear of a weight that obeys its mask where runs_own, for a plain x, with gradients by the same kernels."""
     if x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return _apply_own(x, weight, bias, pattern.mask)
+        return _apply_own(x, weight, bias, pattern)
     return _masked_linear(x, weight, bias, pattern.mask, [], True)
 
 
@@ -162,17 +162,18 @@ class _OwnLinear(torch.autograd.Function):
     """_Linear where all three products are our own dense ones: a step takes 13 us less."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mask):
-        ctx.save_for_backward(x, weight, mask)
+    def forward(ctx, x, weight, bias, pattern):
+        ctx.save_for_backward(x, weight)
+        ctx.pattern = pattern
         ops.CALLS["masked_linear", OWN] += 1
-        return cast(ModuleType, _own_dense()).forward(x, weight, bias, mask.shape[0])
+        return cast(ModuleType, _own_dense()).forward(x, weight, bias, weight.shape[0])
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, mask = ctx.saved_tensors
+        (x, weight), mask = ctx.saved_tensors, ctx.pattern.unchanged_mask()
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         db = dy.sum(0) if needs_bias else None
-        if not direct.writable(dy):
+        if not (direct.writable(dy) and weight.is_contiguous() and weight.dtype is x.dtype is dy.dtype):
             products = (masked_grad_input, _masked_grad_input), (masked_grad_weight, _masked_grad_weight)
             dx = direct.backward(*products[0], dy, weight, mask, [], True) if needs_x else None
             return dx, direct.backward(*products[1], dy, x, mask, []) if needs_weight else None, db, None

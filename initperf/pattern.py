@@ -67,6 +67,17 @@ class Pattern:
             return any_pruned(weight, self._content)
         return bool((weight != 0).logical_and_(~self.mask).any())
 
+    def unchanged_mask(self) -> Tensor:
+        """The mask of a dense weight, for a backward pass: as it was in the forward pass, or an error."""
+        mask = self.mask
+        if mask is not self._source or not self.is_of(mask):
+            fail(
+                "the mask of the forward pass in its backward pass",
+                "one that was changed in between",
+                kind=InitPerfRuntimeError,
+            )
+        return mask
+
     def premasked(self, weight: Tensor) -> Tensor:
         """A weight that obeys its mask, for torch's own differentiable op: its gradient gets 0 where pruned. On the CPU.
 
@@ -107,13 +118,7 @@ class Pattern:
 
     def _kernel_for(self, gradient: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """What masks it in place; None if nothing may."""
-        mask = self.mask
-        if mask is not self._source or not self.is_of(mask):
-            fail(
-                "the mask of the forward pass in its backward pass",
-                "one that was changed in between",
-                kind=InitPerfRuntimeError,
-            )
+        self.unchanged_mask()
         _CALLS[self.masked] += 1
         return _kernel() if direct.writable(gradient) else None
 

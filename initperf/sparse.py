@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from initperf import choice, direct, ops, sparse_ops
-from initperf.checks import FLOATS, check_mask, fail
+from initperf.checks import FLOATS, InitPerfRuntimeError, check_mask, fail
 from initperf.masked import MaskedLinear, check_bias, check_input
 from initperf.sparse_layer import SparseLayer
 
@@ -73,8 +73,10 @@ class SparseLinear(SparseLayer):
         own, bits = self._parameters.get, cast(Tensor, self._buffers["weight_mask_bits"])  # sooner than attributes
         values: Tensor = self.weight_values if (found := own("weight_values")) is None else found
         bias: Tensor | None = self.bias if (found := own("bias")) is None else found
-        check_input(input, self.in_features, values.dtype)
+        check_input(input, self.in_features, values.dtype, values.device)
         check_bias(bias, values, self.out_features)
+        if not compiling and len(values) != pattern.nnz:
+            fail(f"weight_values of the mask's {pattern.nnz} survivors", len(values), kind=InitPerfRuntimeError)
         shape = input.shape
         rows, columns = self.out_features, self.in_features
         if not (plain or compiling) and direct.transformed():

@@ -153,9 +153,9 @@ class _OwnLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        if not direct.writable(dy):
-            return _Linear.backward(ctx, dy)
         x, values, bits = ctx.saved_tensors
+        if not (direct.writable(dy) and values.dtype is x.dtype is dy.dtype):
+            return _Linear.backward(ctx, dy)
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         dense, dx, dv = cast(ModuleType, own(x)), None, None
         if needs_x:

@@ -2,6 +2,9 @@
 
 import ctypes
 import mmap
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.nn import functional as F
 
-from initperf import SparseLinear, ops
+from initperf import SparseLinear, choice, ops
 from initperf.checks import InitPerfError
 from initperf.choice import prefer
 from initperf.masked import MaskedLinear
@@ -40,6 +43,7 @@ SHAPES = [  # batch rows, outputs, inputs: few rows, then many; lone rows and co
     (300, 70, 260),
     (513, 33, 47),
     (1100, 8, 257),
+    (600, 1000, 70),
 ]
 
 
@@ -271,3 +275,195 @@ def test_forward_mode_derivatives(layer):
     with torch.autograd.forward_ad.dual_level():
         found = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, tangent))).tangent
     torch.testing.assert_close(found, tangent @ layer.weight.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_more_outputs_than_a_packed_block_on_one_thread():
+    case, before = Case(600, 1000, 70, 0.4), torch.get_num_threads()
+    want = [bits(result) for result in case.dense()]
+    torch.set_num_threads(1)
+    try:
+        found = [bits(result) for result in case.dense()]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_fewer_threads_than_asked_for():
+    try:
+        openmp = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except (OSError, AttributeError):
+        pytest.skip("torch's OpenMP runtime is another one")
+    before, cases = torch.get_num_threads(), [Case(16, 1001, 515, 0.4), Case(90, 300, 515, 0.4)]
+    want = [[bits(result) for result in case.dense()] for case in cases]
+    torch.set_num_threads(7)
+    openmp.omp_set_dynamic(1)
+    try:
+        found = [[bits(result) for result in case.dense()] for case in cases]
+    finally:
+        openmp.omp_set_dynamic(0)
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for x, y in zip(found, want, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_in_a_forked_child():
+    code = """
+import os, signal, torch
+from initperf import MaskedLinear
+from initperf.choice import prefer
+layer, x = MaskedLinear(400, 400, mask=torch.rand(400, 400) < 0.5), torch.randn(40, 400)
+with prefer("dense"):
+    layer(x)
+    if not (child := os.fork()):
+        signal.alarm(60)
+        layer(x).sum().backward()
+        os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_only_the_bias_trains(layer):
+    layer.requires_grad_(False)
+    layer.bias.requires_grad_()
+    with prefer("dense"):
+        layer(torch.randn(4, 400)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((400,), 4.0))
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("rows", [2, 60])
+def test_inputs_of_three_dimensions_twice(layer, rows):
+    x = torch.randn(rows, 3, 400)
+    with prefer("dense"):
+        assert torch.equal(layer(x), layer(x))
+        torch.testing.assert_close(layer(x), layer(x.view(-1, 400)).view(rows, 3, 400))
+
+
+def test_what_the_last_call_took_is_not_kept(layer):
+    x = torch.randn(4, 400)
+    with prefer("dense"):
+        layer(x)
+        before = ops.CALLS.copy()
+        with prefer("sparse"):
+            layer(x)
+        assert (ops.CALLS - before) == {("masked_linear", "numba"): 1}
+        layer(x)
+        with pytest.raises(InitPerfError, match="dtype"):
+            layer(x.bfloat16())
+        with pytest.raises(InitPerfError, match="device"):
+            layer(x.to("meta"))
+        layer.bias = nn.Parameter(layer.bias.to("meta"))
+        with pytest.raises(InitPerfError, match="bias"):
+            layer(x)
+
+
+def transpose_data(layer):
+    layer.weight.data = layer.weight.data.t()
+
+
+def transposed_parameter(layer):
+    layer.weight = nn.Parameter(layer.weight.data.t())
+
+
+@pytest.mark.parametrize("change", [transpose_data, transposed_parameter])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_weight_of_other_strides_in_the_same_memory(layer, change, gradients):
+    layer.weight.data = torch.randn(400, 400)
+    x = torch.randn(4, 400)
+    with prefer("dense"), torch.set_grad_enabled(gradients):
+        layer(x)
+        change(layer)
+        want = F.linear(x, layer.weight * layer.weight_mask, layer.bias)
+        torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_of_another_dtype_after_a_call(layer):
+    x = torch.randn(4, 400)
+    with prefer("dense"):
+        layer(x)
+        layer.weight.data = layer.weight.data.double()
+        with pytest.raises(InitPerfError, match="dtype"):
+            layer(x)
+
+
+def test_a_mask_rewritten_with_the_same_content_before_the_backward_pass(layer):
+    """As DistributedDataParallel does with every buffer, before every forward pass."""
+    for rows in (4, 40):
+        with prefer("dense"):
+            y = layer(torch.randn(rows, 400))
+            layer.weight_mask.copy_(layer.weight_mask.clone())
+            y.sum().backward()
+            y = layer(torch.randn(rows, 400))
+            layer.weight_mask.logical_not_()
+            with pytest.raises(InitPerfError, match="changed in between"):
+                y.sum().backward()
+            layer.weight_mask.logical_not_()
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+@pytest.mark.parametrize("unpack", [torch.Tensor.bfloat16, lambda t: t.t().contiguous().t()])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_saved_tensors_that_come_back_otherwise(layer, rows, unpack, compressed):
+    layer = SparseLinear.from_masked(layer) if compressed else layer
+    x, results = torch.randn(rows, 400, requires_grad=True), []
+    parameter = layer.weight_values if compressed else layer.weight
+    for hook in (lambda t: t, unpack):
+        change = lambda t, hook=hook: hook(t) if t.is_floating_point() else t  # noqa: E731
+        with prefer("dense"), torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+            y = layer(x).square().sum()
+        try:
+            with prefer("dense"):
+                results.append(torch.autograd.grad(y, (x, parameter)))
+        except (RuntimeError, TypeError):  # of another dtype: torch's own layer raises too
+            assert unpack is torch.Tensor.bfloat16
+            return
+    for found, want in zip(*results, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+def test_compressed_layers_that_do_not_fit_their_mask_or_input_raise(layer, rows):
+    sparse, x = SparseLinear.from_masked(layer), torch.randn(rows, 400)
+    with prefer("dense"):
+        with pytest.raises(InitPerfError, match="survivors"):
+            torch.func.functional_call(sparse, {"weight_values": torch.randn(10, 1)}, (x,))
+        state = sparse.state_dict()
+        state["weight_mask_bits"] = state["weight_mask_bits"].repeat_interleave(2)[::2]
+        want = sparse(x)
+        sparse.load_state_dict(state, assign=True)
+        assert torch.equal(sparse(x), want)
+        sparse(x).sum().backward()
+        dw = (torch.ones(rows, 400).t() @ x)[layer.weight_mask]
+        torch.testing.assert_close(sparse.weight_values.grad.flatten(), dw, rtol=1e-4, atol=1e-4)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), pytest.raises(InitPerfError, match="device"):
+                sparse.to("meta")(x)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_operands_that_kernels_could_not_read_raise(rows):
+    case = Case(rows, 50, 70, 0.5)
+    with pytest.raises(TypeError, match="float32"):
+        own.forward(case.x, case.weight.double(), None, 50)
+    with pytest.raises(TypeError, match="float32"):
+        own.grad_weight(case.dy.bfloat16(), case.x, case.mask)
+    with pytest.raises(ValueError, match="50 x 70"):
+        own.forward(case.x, case.weight[:3], None, 50)
+    values = own.grad_values(case.dy, case.x, case.bits, 10)  # fewer than the mask has: no more are written
+    assert torch.equal(values, own.grad_values(case.dy, case.x, case.bits, len(case.values))[:10])
+
+
+def test_inference_of_a_compressed_layer_is_counted(layer):
+    sparse, before = SparseLinear.from_masked(layer), ops.CALLS.copy()
+    with prefer("dense"), torch.no_grad():
+        sparse(torch.randn(4, 400))
+    assert (ops.CALLS - before) == {("sparse_linear", "numba-dense"): 1}
+
+
+def test_all_dense_is_asked_by_the_batchs_rows(layer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(choice, "all_dense", lambda storage, rows, *_: asked.append(rows) or True)
+    SparseLinear.from_masked(layer)(torch.randn(7, 400)).sum().backward()
+    assert set(asked) == {7}

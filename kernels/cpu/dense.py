@@ -122,7 +122,8 @@ def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
 
 def runs(x: Tensor, weight: Tensor) -> bool:
     """Whether they run for x (B, any) and a weight, or its mask."""
-    return pays(len(x), weight.numel(), x.dtype) and weight.is_cpu and weight.is_contiguous()
+    fits = weight.dtype in (x.dtype, torch.bool) and weight.is_cpu and weight.is_contiguous()
+    return fits and pays(len(x), weight.numel(), x.dtype)
 
 
 def expands(dtype: torch.dtype) -> bool:
@@ -134,6 +135,10 @@ def _call(
     what: int, sizes: tuple[int, int, int], a: Tensor, x: Tensor, more: Tensor | None, out: Tensor, bits: Tensor | None
 ) -> Tensor:
     B, N, K = sizes
+    if not (a.is_cpu and x.is_cpu and a.dtype is torch.float32 and x.dtype is torch.float32):  # addresses tell nothing
+        raise TypeError(f"Expected float32 operands on the CPU. Got {a.dtype} on {a.device}, {x.dtype} on {x.device}.")
+    if bits is None and what != _GRAD_WEIGHT and a.numel() != N * K:
+        raise ValueError(f"Expected a weight of {N} x {K} values. Got {a.numel()}.")
     if not B * N * K:
         return out.zero_() if what != _FORWARD or more is None else out.copy_(more.expand_as(out))
     many = FEW[what] < B
@@ -143,7 +148,8 @@ def _call(
     each = -(-(gemm.memory_bytes(B, N) if many else few_dense.memory_bytes(N)) // 64) * 64 + 64
     memory = working_memory(workers * each)
     at = (a.data_ptr(), x.data_ptr(), 0 if more is None else more.data_ptr(), out.data_ptr())
-    packed = (0, 0, 0) if bits is None else (bits.data_ptr(), bits.numel(), a.numel())
+    values = out if what == _GRAD_WEIGHT else a
+    packed = (0, 0, 0) if bits is None else (bits.data_ptr(), bits.numel(), values.numel())
     if many:
         what += _MANY
     if workers > 1 and not found[0]:
@@ -155,7 +161,7 @@ def _call(
 
 def _packed(values: Tensor, bits: Tensor | None, weights: int) -> Tensor | None:
     """The mask to expand by; None where nothing is pruned, and the values are the dense weight."""
-    return None if bits is None or values.numel() == weights else bits
+    return None if bits is None or values.numel() == weights else bits.contiguous()
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, bits: Tensor | None = None) -> Tensor:

@@ -92,7 +92,7 @@ def compress(lines, bits, K, row, column, width, places, values, vectors):
         at = places[i]
         for v in range(vectors):
             lanes = lanes_at(bits, (row + i) * K + column + v * LANES) & live(width - v * LANES)
-            count = np.int64(population(np.uint64(lanes)))
+            count = min(np.int64(population(np.uint64(lanes))), max(bits[2] - at, 0))  # never beyond the values
             leave_survivors(shifted(lines, (i * vectors + v) * LANES), np.uint16(lanes), count, shifted(values, at))
             at += count
         places[i] = at
