@@ -132,5 +132,5 @@ def check_input(input: object, in_features: int, dtype: torch.dtype, device: tor
         )
     if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
         fail(f"an input of the weight's dtype {dtype}", input.dtype, kind=InitPerfRuntimeError)
-    if input.device.type != device.type:
+    if input.device.type not in (device.type, "meta"):
         fail(f"an input on the weight's device {device}", input.device, kind=InitPerfRuntimeError)

@@ -179,19 +179,19 @@ class MaskedLayer(nn.Module):
             self._obey()
             return self._pattern
         seen, weight = self._seen, self._parameters.get("weight")
-        if (  # the usual case, sooner told
-            seen is not None
-            and type(weight) is nn.Parameter
-            and not weight.is_inference()
-            and seen == (weight._version, weight.data_ptr(), weight.stride())
-        ):
-            found = 0
-            for word in self._words:  # `.data` and NumPy write unseen: what they write everywhere shows here
-                found |= word.value
-            if found & self._magnitude:
-                self._mask_weight()
-            return pattern
-        if seen is None or weight is None or seen[1:] != (weight.data_ptr(), weight.stride()):
+        state = None
+        if (
+            seen is not None and type(weight) is nn.Parameter and not weight.is_inference()
+        ):  # the usual case, sooner told
+            state = weight._version, weight.data_ptr(), weight.stride()
+            if state == seen:
+                found = 0
+                for word in self._words:  # `.data` and NumPy write unseen: what they write everywhere shows here
+                    found |= word.value
+                if found & self._magnitude:
+                    self._mask_weight()
+                return pattern
+        if state is None or seen is None or state[1:] != seen[1:]:
             pattern.way = None
         if self._overwritten():
             self._mask_weight()
