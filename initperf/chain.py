@@ -144,7 +144,7 @@ class _Run:
         if not isinstance(x, Tensor) or not x.is_cpu or not direct.plain(x) or (plan := self._current()) is None:
             return None
         shape = x.shape
-        check_input(x, plan.inputs, plan.dtype, x.device)
+        check_input(x, plan.inputs, plan.dtype, True)
         flat = x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), plan.inputs)
         rows = flat.shape[0]
         if not rows or not choice.chain_pays(rows, plan.weights, plan.nnz, plan.dtype):

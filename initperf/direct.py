@@ -64,11 +64,6 @@ def transformed() -> bool:
 TINY = 1 << 14  # weights up to which three ops of torch take less time than Python's part of an autograd.Function
 
 
-def composed(x: Tensor, weights: int, most: int | None = None) -> bool:
-    """Whether a layer of at most `most` weights (TINY if not given), whose products are all dense, is left to torch's own ops and their gradients."""
-    return weights <= (TINY if most is None else most) and x.is_cpu and torch.is_grad_enabled() and plain(x)
-
-
 def below(op: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
     """An op as the forward of an autograd.Function calls it."""
     if plain(args[0]):

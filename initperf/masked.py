@@ -66,7 +66,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             return way[1](input, weight, bias, pattern)
         mask: Any = self._buffers["weight_mask"]
         rows, columns = self.out_features, self.in_features
-        check_input(input, columns, weight.dtype, weight.device)
+        check_input(input, columns, weight.dtype, weight.is_cpu)
         check_bias(bias, weight, rows)
         if not compiling and weight.shape != mask.shape:
             fail(f"a weight of shape {tuple(mask.shape)}", tuple(weight.shape), kind=InitPerfRuntimeError)
@@ -76,7 +76,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own product
             return nn.functional.linear(input, weight.masked_fill(~mask, 0), bias)
         own = self._is_own(weight)
-        runs_own = own and plain and masked_ops.runs_own(len(flat), mask, weight)
+        runs_own = own and plain and masked_ops.runs_own(flat.shape[0], mask, weight)
         if pattern.density == 1.0 and not runs_own:  # nothing to mask, in the gradient either
             return nn.functional.linear(input, weight, bias)
         if (
@@ -84,7 +84,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             and flat.is_cpu
             and rows * columns <= (masked_ops.MOST_COMPOSED if own else direct.TINY)
             and torch.is_grad_enabled()
-            and choice.all_dense("masked", len(flat), (rows, columns), pattern.nnz, weight.dtype)
+            and choice.all_dense("masked", flat.shape[0], (rows, columns), pattern.nnz, weight.dtype)
         ):
             if own:
                 product = masked_ops.own_linear if runs_own else masked_ops.torch_linear
@@ -119,8 +119,8 @@ def check_bias(bias: Tensor | None, weight: Tensor, out_features: int) -> None:
     )
 
 
-def check_input(input: object, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
-    """A tensor (..., in_features) of the weight's dtype, or under autocast of any, on the weight's kind of device."""
+def check_input(input: object, in_features: int, dtype: torch.dtype, on_cpu: bool) -> None:
+    """A tensor (..., in_features) of the weight's dtype, or under autocast of any, on the CPU if the weight is."""
     if not isinstance(input, Tensor):
         fail("an input of type torch.Tensor", type(input).__name__, kind=InitPerfTypeError)
     shape = input.shape
@@ -132,5 +132,5 @@ def check_input(input: object, in_features: int, dtype: torch.dtype, device: tor
         )
     if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
         fail(f"an input of the weight's dtype {dtype}", input.dtype, kind=InitPerfRuntimeError)
-    if input.device.type not in (device.type, "meta"):
-        fail(f"an input on the weight's device {device}", input.device, kind=InitPerfRuntimeError)
+    if input.is_cpu != on_cpu and not input.is_meta:
+        fail("an input on the weight's device", input.device, kind=InitPerfRuntimeError)

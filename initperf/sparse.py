@@ -73,9 +73,9 @@ class SparseLinear(SparseLayer):
         own, bits = self._parameters.get, cast(Tensor, self._buffers["weight_mask_bits"])  # sooner than attributes
         values: Tensor = self.weight_values if (found := own("weight_values")) is None else found
         bias: Tensor | None = self.bias if (found := own("bias")) is None else found
-        check_input(input, self.in_features, values.dtype, values.device)
+        check_input(input, self.in_features, values.dtype, values.is_cpu)
         check_bias(bias, values, self.out_features)
-        if not compiling and len(values) != pattern.nnz and not values.is_meta:
+        if not compiling and values.shape[0] != pattern.nnz and not values.is_meta:
             fail(f"weight_values of the mask's {pattern.nnz} survivors", len(values), kind=InitPerfRuntimeError)
         shape = input.shape
         rows, columns = self.out_features, self.in_features
@@ -85,10 +85,11 @@ class SparseLinear(SparseLayer):
             return nn.functional.linear(input, weight, bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)
         if (
-            rows * columns <= direct.TINY
+            plain
+            and torch.is_grad_enabled()
+            and rows * columns <= direct.TINY
+            and flat.is_cpu
             and sparse_ops.own(flat) is None
-            and plain
-            and direct.composed(flat, rows * columns)
             and choice.all_dense("sparse", len(flat), (rows, columns), pattern.nnz, values.dtype)
         ):
             ops.CALLS["sparse_linear", "mkl"] += 1

@@ -27,7 +27,7 @@ def linear(x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: i
     if torch.is_grad_enabled() and (
         x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        if own(x) is not None and choice.all_dense("sparse", len(x), (rows, x.shape[1]), len(values), x.dtype):
+        if own(x) is not None and choice.all_dense("sparse", x.shape[0], (rows, x.shape[1]), values.shape[0], x.dtype):
             return _apply_own(x, values, bias, bits, rows, pattern)
         return _apply(x, values, bias, bits, rows, pattern)
     return _sparse_linear(x, values, bias, bits, rows, pattern)
@@ -50,8 +50,13 @@ def _kernels(device: str) -> ModuleType | None:
 
 def own(like: Tensor) -> ModuleType | None:
     """The module of our own dense products, if they run for tensors like this one: on the CPU, and if it has AVX-512."""
-    kernels = _kernels("cpu") if like.is_cpu else None
-    return kernels.dense if kernels is not None and kernels.dense.expands(like.dtype) else None
+    return _own_dense() if like.is_cpu and like.dtype is torch.float32 else None
+
+
+@cache
+def _own_dense() -> ModuleType | None:
+    kernels = _kernels("cpu")
+    return kernels.dense if kernels is not None and kernels.dense.expands(torch.float32) else None
 
 
 def _dense(

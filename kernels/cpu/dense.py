@@ -24,8 +24,8 @@ from .spmm_ir import LANES
 from .team import in_team, members, number
 from .vector import pointer
 
-LEAST, LEAST_OF_ONE = 1 << 12, 1 << 17  # weights of a masked layer, with several rows and with one
-LEAST_PRODUCT = 1 << 17  # multiplications, with many rows
+LEAST, LEAST_OF_ONE = 1 << 14, 1 << 17  # weights of a masked layer, with several rows and with one
+LEAST_PRODUCT = 1 << 19  # multiplications, with many rows
 SERIAL = 1 << 17  # weights below which a second thread costs more than it saves
 SERIAL_MANY = 1 << 19  # multiplications, with many rows
 _FORWARD, _GRAD_INPUT, _GRAD_WEIGHT = range(3)
@@ -123,7 +123,7 @@ def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
 def runs(x: Tensor, weight: Tensor) -> bool:
     """Whether they run for x (B, any) and a weight, or its mask."""
     fits = weight.dtype in (x.dtype, torch.bool) and weight.is_cpu and weight.is_contiguous()
-    return fits and pays(len(x), weight.numel(), x.dtype)
+    return fits and pays(x.shape[0], weight.numel(), x.dtype)
 
 
 def expands(dtype: torch.dtype) -> bool:
