@@ -40,13 +40,8 @@ KINDS = (  # the products of a masked layer, then those of a compressed one
 ROWS = (1, 4, 16, 64, 256)  # batch rows
 WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)  # of a layer; the last are beyond the caches
 MOST = 0.95  # density from which no index is built (initperf/pattern.py)
-CHAINS = (
-    0.95,
-    0.5,
-    0.7,
-    0.7,
-    0.9,
-)  # by ROWS: density below which layers run as one call, where single ones may run dense
+# By ROWS: density below which layers run as one call, where single ones may run dense.
+CHAINS = (0.95, 0.5, 0.7, 0.7, 0.9)
 MODES = ("auto", "sparse", "dense")
 
 Table = dict[str, list[list[float]]]  # "kind/bytes of an element" -> [rows][weights] -> break-even density

@@ -180,9 +180,8 @@ class MaskedLayer(nn.Module):
             return self._pattern
         seen, weight = self._seen, self._parameters.get("weight")
         state = None
-        if (
-            seen is not None and type(weight) is nn.Parameter and not weight.is_inference()
-        ):  # the usual case, sooner told
+        if seen is not None and type(weight) is nn.Parameter and not weight.is_inference():
+            # The usual case, sooner told.
             state = weight._version, weight.data_ptr(), weight.stride()
             if state == seen:
                 found = 0
