@@ -42,6 +42,11 @@ WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)  # of a layer; the last 
 MOST = 0.95  # density from which no index is built (initperf/pattern.py)
 # By ROWS: density below which layers run as one call, where single ones may run dense.
 CHAINS = (0.95, 0.5, 0.7, 0.7, 0.9)
+# By ROWS and the last three of WEIGHTS: density below which survivors in the kernels' order win in inference.
+KEPT = {
+    "masked": ((0, 0.33, 0.95), (0, 0.2, 0.5), (0.1, 0.6, 0.85), (0.5, 0.95, 0.95), (0.5, 0.95, 0.95)),
+    "sparse": ((0, 0.9, 0.95), (0, 0.35, 0.75), (0.1, 0.9, 0.95), (0.5, 0.95, 0.95), (0.5, 0.95, 0.95)),
+}
 MODES = ("auto", "sparse", "dense")
 
 Table = dict[str, list[list[float]]]  # "kind/bytes of an element" -> [rows][weights] -> break-even density
@@ -95,6 +100,18 @@ def chain_pays(rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
     return nnz < weights * ((1 - x) * CHAINS[i] + x * CHAINS[i + 1])
 
 
+def kept_pays(storage: str, rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
+    """Whether a layer in inference runs on survivors in the kernels' order (initperf/kept.py). storage: "masked" or "sparse"."""
+    if _mode != "auto":
+        return _mode == "sparse"
+    return nnz < weights * _kept_below(storage, rows, weights, dtype.itemsize)
+
+
+@lru_cache(maxsize=4096)
+def _kept_below(storage: str, rows: int, weights: int, itemsize: int) -> float:
+    return _interpolated(KEPT[storage], rows, weights, WEIGHTS[2:]) * (0.5 if itemsize == 2 else 1.0)
+
+
 def _pays_on_gpu(kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype) -> bool:
     """Where nothing is known of the card or the dtype, whatever has a kernel runs on it."""
     if kind not in LAYER_KERNELS:
@@ -141,14 +158,17 @@ def built_in() -> Iterator[None]:
 @lru_cache(maxsize=4096)
 def break_even(kind: str, rows: int, weights: int, itemsize: int, threads: int) -> float:
     """Density below which the sparse kernel is the faster, interpolated in the logarithms of rows and weights."""
-    table = tables(threads)
-    found = table[f"{kind}/{2 if itemsize == 2 else 4}"]
-    i, x = _between(ROWS, rows)
-    j, y = _between(WEIGHTS, weights)
-    corners = [[found[i + a][j + b] for b in (0, 1)] for a in (0, 1)]
-    result = sum((x if a else 1 - x) * (y if b else 1 - y) * corners[a][b] for a in (0, 1) for b in (0, 1))
+    result = _interpolated(tables(threads)[f"{kind}/{2 if itemsize == 2 else 4}"], rows, weights, WEIGHTS)
     _log.debug("%s, %d rows, %d weights: sparse below density %.3f", kind, rows, weights, result)
     return result
+
+
+def _interpolated(found: Sequence[Sequence[float]], rows: int, weights: int, grid: Sequence[int]) -> float:
+    """found[rows][weights] between the points of ROWS and `grid`, by logarithms."""
+    i, x = _between(ROWS, rows)
+    j, y = _between(grid, weights)
+    corners = [[found[i + a][j + b] for b in (0, 1)] for a in (0, 1)]
+    return sum((x if a else 1 - x) * (y if b else 1 - y) * corners[a][b] for a in (0, 1) for b in (0, 1))
 
 
 def _between(grid: Sequence[int], value: int) -> tuple[int, float]:

@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import choice, direct, masked_ops, ops
+from initperf import choice, direct, kept, masked_ops, ops
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
+from initperf.kept import Kept
 from initperf.masked_layer import MaskedLayer
 
 
@@ -22,6 +23,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     DENSE = nn.Linear
     ATTRIBUTES = ("in_features", "out_features")
+
+    _kept: Kept | None = None
 
     def __init__(
         self,
@@ -54,8 +57,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         compiling = not plain and torch.compiler.is_compiling()
         pattern = self._pattern if compiling else self._fresh_pattern()
         found = self._parameters.get  # sooner than attributes
-        weight: Tensor = self.weight if (kept := found("weight")) is None else kept
-        bias: Tensor | None = self.bias if (kept := found("bias")) is None else kept
+        weight: Tensor = self.weight if (given := found("weight")) is None else given
+        bias: Tensor | None = self.bias if (given := found("bias")) is None else given
+        if plain and self._kept is not None and self._kept.copy is not None and torch.is_grad_enabled():
+            self._kept.drop(kept.state_of(pattern, weight))
         if (
             plain
             and (way := pattern.way) is not None
@@ -76,6 +81,13 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own product
             return nn.functional.linear(input, weight.masked_fill(~mask, 0), bias)
         own = self._is_own(weight)
+        if (
+            plain
+            and own
+            and not torch.is_grad_enabled()
+            and (y := kept.linear(self, "masked", flat, bias, pattern, weight, weight.stride())) is not None
+        ):
+            return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
         runs_own = own and plain and masked_ops.runs_own(flat.shape[0], mask, weight)
         if pattern.density == 1.0 and not runs_own:  # nothing to mask, in the gradient either
             return nn.functional.linear(input, weight, bias)

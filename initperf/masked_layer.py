@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 M = TypeVar("M", bound=nn.Module)
-_UNSAVED = ("_pattern", "_probes", "_seen", "_words", "_own")  # made anew in a copy
+_UNSAVED = ("_pattern", "_probes", "_seen", "_words", "_own", "_kept")  # made anew in a copy
 LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()  # all that live: optimizers know only their parameters
 
 

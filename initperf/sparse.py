@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import choice, direct, ops, sparse_ops
+from initperf import choice, direct, kept, ops, sparse_ops
 from initperf.checks import FLOATS, InitPerfRuntimeError, check_mask, fail
+from initperf.kept import Kept
 from initperf.masked import MaskedLinear, check_bias, check_input
 from initperf.sparse_layer import SparseLayer
 
@@ -28,6 +29,7 @@ class SparseLinear(SparseLayer):
 
     in_features: int
     out_features: int
+    _kept: Kept | None = None
 
     def __init__(
         self,
@@ -84,6 +86,13 @@ class SparseLinear(SparseLayer):
             weight = _expanded(values, self.weight_mask.flatten().nonzero().squeeze(1), rows, columns)
             return nn.functional.linear(input, weight, bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)
+        if plain and torch.is_grad_enabled():
+            if self._kept is not None and self._kept.copy is not None:
+                self._kept.drop(kept.state_of(pattern, values))
+        elif plain and pattern.tensors:
+            more = pattern.tensors[2].data_ptr(), pattern.nnz, 0
+            if (y := kept.linear(self, "sparse", flat, bias, pattern, values, more)) is not None:
+                return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
         if (
             plain
             and torch.is_grad_enabled()

@@ -146,7 +146,7 @@ class SparseLayer(nn.Module):
             "weight" if name == "weight_values" else name: value for name, value in self._parameters.items()
         }
         self._buffers.pop("weight_mask_bits")
-        for name in ("_pattern", "_bits_off_meta"):
+        for name in ("_pattern", "_kept", "_bits_off_meta"):
             self.__dict__.pop(name, None)
         COMPRESSED.discard(self)
         return parameter
@@ -204,7 +204,7 @@ class SparseLayer(nn.Module):
         return f"density={self.density:.4g}, nnz={self.nnz}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_pattern"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_pattern", "_kept")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

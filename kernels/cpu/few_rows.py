@@ -18,12 +18,12 @@ from .lookup_ir import REGISTER_COLUMNS, matvec_unit, outer_unit
 from .memory import working_memory
 from .pattern import BLOCK, WIDE_BLOCK, block_of
 from .spmm_ir import ROWS, compute_pointer, load, shifted, storage_pointer, store
-from .survivors import KINDS, SLACK, STARTS, begin_rows, fetch, leave
+from .survivors import KINDS, SLACK, STARTS, begin_rows, fetch, leave, weights_at
 from .tiles import ZERO
 
 SERIAL = 1 << 18  # slots under which a second thread costs more than it saves
 _WIDE = {block: (0,) * (block // REGISTER_COLUMNS) for block in (BLOCK, WIDE_BLOCK)}
-FEW = 4  # batch rows; from more on, lanes over the batch cost less
+FEW, FEW_ORDERED = 4, 2  # batch rows, and of ordered sources; from more on, lanes over the batch cost less
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 
 
@@ -65,7 +65,7 @@ def _multiply_panels(
         for kb in range(blocks):
             records = shifted(units, (p * blocks + kb) * per_panel * 4)
             fetch(source, kind, records, per_panel, columns, p * panel, kb * block, cursor, values)
-            first = np.int64(records[3])
+            first, weights = np.int64(records[3]), weights_at(source, kind, records, values)
             for b in range(B):
                 x_block, totals = shifted(x_rows, b * padded + kb * block), shifted(sums, b * panel)
                 for u in range(per_panel):
@@ -74,7 +74,7 @@ def _multiply_panels(
                     matvec_unit(
                         wide,
                         shifted(columns, slot),
-                        shifted(values, slot - first),
+                        shifted(weights, slot - first),
                         x_block,
                         totals,
                         np.uint32(records[4 * u]),

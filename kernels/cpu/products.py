@@ -17,12 +17,22 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from .few_rows import FEW, call_few
+from .few_rows import FEW, FEW_ORDERED, call_few
 from .jit import jit, threads
 from .memory import working_memory
 from .pattern import block_of
-from .spmm_ir import LANES, ROWS, compute_pointer, correlate_unit, multiply_unit, shifted, storage_pointer
-from .survivors import KINDS, SLACK, STARTS, ask, begin_rows, fetch, leave
+from .spmm_ir import (
+    LANES,
+    ROWS,
+    compute_pointer,
+    correlate_unit,
+    load,
+    multiply_unit,
+    shifted,
+    storage_pointer,
+    store,
+)
+from .survivors import KINDS, ORDERED, SLACK, STARTS, ask, begin_rows, fetch, leave, weights_at
 from .tiles import ZERO, pack, start_sums, unpack
 
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
@@ -84,7 +94,7 @@ def _multiply_tasks(
                     records = shifted(units, (p * blocks + kb) * per_panel * 4)
                     place = shifted(columns, np.int64(records[3]))
                     y_panel = shifted(y_tile, (i * padded + (p - p0) * panel) * lanes)
-                    base = slot
+                    base, weights = slot, weights_at(source, kind, records, shifted(values, slot))
                     for u in range(per_panel):
                         if kb + 1 < blocks:
                             part, parts = i * per_panel + u, count * per_panel
@@ -94,7 +104,7 @@ def _multiply_tasks(
                         multiply_unit(
                             width,
                             shifted(place, slot - base),
-                            shifted(values, slot),
+                            shifted(weights, slot - base),
                             shifted(x_tile, i * block * lanes),
                             y_panel,
                             numbers,
@@ -259,6 +269,32 @@ def _correlate_parallel(
         )
 
 
+@jit()
+def _order_panels(kind, panels, units_at, columns_at, index, source, sizes, out_at, scratch):
+    """The weights of panels first..last in the order of their slots."""
+    _, blocks, per_panel, block = index
+    _, N, _ = sizes
+    panel = per_panel * ROWS
+    units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
+    cursor = storage_pointer(scratch, STARTS)
+    values = compute_pointer(scratch + cursor_bytes(panel), kind)
+    for p in range(panels[0], panels[1]):
+        begin_rows(source, p * panel, min(N - p * panel, panel), cursor)
+        for kb in range(blocks):
+            records = shifted(units, (p * blocks + kb) * per_panel * 4)
+            slots = fetch(source, kind, records, per_panel, columns, p * panel, kb * block, cursor, values)
+            out = shifted(compute_pointer(out_at, kind), np.int64(records[3]))
+            for s in range(slots):  # fetch may write beyond its slots
+                store(out, s, load(values, s))
+
+
+@jit(parallel=True)
+def _order_parallel(workers, bytes_each, kind, units_at, columns_at, index, source, sizes, out_at, scratch):
+    for t in prange(workers):
+        panels = (index[0] * t // workers, index[0] * (t + 1) // workers)
+        _order_panels(kind, panels, units_at, columns_at, index, source, sizes, out_at, scratch + t * bytes_each)
+
+
 @cache
 def widths_of(batch: int) -> tuple[int, ...]:
     """V zeros: the vectors a line that make the padded batch cheapest. 512-bit registers hold 4 x 4 sums, others 4 x 1."""
@@ -333,7 +369,7 @@ def multiply(
         bias = bias.contiguous()
         bias_at = bias.data_ptr()
     sizes = (B, rows, K)
-    if B <= FEW:
+    if (FEW_ORDERED if len(source) == ORDERED else FEW) >= B:
         call_few(True, x, y, source, bias_at, units, columns, sizes)
         return y
     workers = threads() if columns.numel() * max(B, LANES) >= SERIAL else 1
@@ -348,6 +384,24 @@ def multiply(
     else:
         _multiply_tasks(call.width, call.kind, (0, call.tasks), *shared)
     return y
+
+
+def in_order(source: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, index: list[Tensor]) -> Tensor:
+    """A copy of the weight (N, K) behind `source` as an ordered source: slot by slot, in the dtype that arithmetic runs in."""
+    units, columns = index
+    (panels, blocks, quads, _), (N, K) = units.shape, shape
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.empty(columns.numel(), dtype=wide)
+    block, panel = block_of(K, blocks), quads * ROWS
+    workers = min(threads(), panels) if columns.numel() >= 1 << 16 else 1
+    each = -(-(8 * panel + (panel * block + SLACK) * wide.itemsize) // 64) * 64 + 128
+    scratch = working_memory(workers * each)
+    where = (units.data_ptr(), columns.data_ptr(), (panels, blocks, quads, block), source, (0, N, K), out.data_ptr())
+    if workers > 1:
+        _order_parallel(workers, each, KINDS[dtype], *where, scratch.data_ptr())
+    else:
+        _order_panels(KINDS[dtype], (0, panels), *where, scratch.data_ptr())
+    return out
 
 
 def correlate(dy: Tensor, x: Tensor, target: tuple[int, ...], units: Tensor, columns: Tensor) -> None:

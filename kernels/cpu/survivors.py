@@ -4,6 +4,7 @@ A source is a tuple of integers, and its length says which it is, when the produ
   dense       (address, stride of rows, stride of columns)
   compressed  (address of the values, address of starts, nnz, 0): row-major survivors, row n's from starts[n] (int64) on
   placed      (address of the values, address of places): slot s has the value at places[s] (int32), none if -1
+  ordered     (address of the values,): slot s has the value s, in the dtype that arithmetic runs in (products.in_order)
 A target is dense, (address, rows, columns), or compressed. Rows of a compressed one are read through `cursor`: for each
 row of a task the place of its next survivor, since column blocks come in order.
 """
@@ -18,7 +19,7 @@ from numba.extending import overload
 
 from .jit import jit
 from .runs_ir import interleave, separate
-from .spmm_ir import LANES, ROWS, load, prefetch, shifted, storage_pointer, store
+from .spmm_ir import LANES, ROWS, compute_pointer, load, prefetch, shifted, storage_pointer, store
 from .tiles import ZERO, gather, prefetch_lines, scatter
 
 CACHED = 4 << 20  # weights above which they, or their gradient, are not found in a cache again
@@ -31,7 +32,7 @@ KINDS = {
 SLACK = ROWS * LANES  # slots beyond the last that a unit's values may touch
 AHEAD = 48  # values that a row's next but one block begins ahead
 PLACES, STARTS = np.zeros(1, np.int32), np.zeros(1, np.int64)
-DENSE, COMPRESSED = 3, 4  # lengths of the tuples
+ORDERED, DENSE, COMPRESSED = 1, 3, 4  # lengths of the tuples
 
 
 @jit()
@@ -116,7 +117,11 @@ def begin_rows(storage: Any, row: Any, rows: Any, cursor: Any) -> Any:
 def fetch(
     source: Any, kind: Any, records: Any, count: Any, columns: Any, row: Any, column: Any, cursor: Any, out: Any
 ) -> Any:
-    """The weights of `count` units of the panel at (row, column) in the order of their slots. Returns the number of slots."""
+    """The weights of `count` units of the panel at (row, column) in the order of their slots, in `out` (unless they are ordered). Returns the number of slots."""
+
+
+def weights_at(source: Any, kind: Any, records: Any, out: Any) -> Any:
+    """Where the units' weights are after fetch."""
 
 
 def ask(
@@ -167,7 +172,18 @@ def _fetch(source, kind, records, count, columns, row, column, cursor, out):
         values, places = storage_pointer(source[0], kind), storage_pointer(source[1], PLACES)
         return _gather_places(records, count, values, places, out)
 
-    return {DENSE: dense, COMPRESSED: compressed}.get(len(source), placed)
+    def ordered(source, kind, records, count, columns, row, column, cursor, out):
+        last = shifted(records, (count - 1) * 4)
+        return np.int64(last[3]) - np.int64(records[3]) + ROWS * np.int64(np.uint32(last[2]) >> np.uint32(16))
+
+    return {ORDERED: ordered, DENSE: dense, COMPRESSED: compressed}.get(len(source), placed)
+
+
+@overload(weights_at)
+def _weights_at(source, kind, records, out):
+    if len(source) != ORDERED:
+        return lambda source, kind, records, out: out
+    return lambda source, kind, records, out: shifted(compute_pointer(source[0], kind), np.int64(records[3]))
 
 
 @overload(ask)
