@@ -15,6 +15,7 @@ import torch
 from initperf import __version__, choice, ops, rng
 from initperf.findings import NONE, Table, joined, percent, size
 from initperf.selfcheck import agrees
+from initperf.write_watch import why_not
 
 PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib")
 REGISTERING = ("init", "masked", "sparse", "conv", "prune", "stats")  # modules that enter ops into ops.MODULES
@@ -38,6 +39,7 @@ def examine(check: bool = True) -> dict[str, Any]:
         "versions": {"initperf": __version__, "RNG contract": str(rng.VERSION), "Python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},
         "machine": _machine(),
+        "unwatched": why_not(),
         "threads": {"torch": torch.get_num_threads(), "numba": _numba_threads()},
         "gpus": _gpus(),
         "ops": {name: _op(name, check) for name in sorted(ops.MODULES)},
@@ -213,6 +215,10 @@ def tables(found: dict[str, Any]) -> list[Table]:
         ["system", machine["os"]],
         ["CPU", f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['vectors'])}"],
         ["threads", f"torch {threads['torch']}, numba {NONE if threads['numba'] is None else threads['numba']}"],
+        [
+            "unchanged weights are kept",
+            f"no ({found['unwatched']})" if found["unwatched"] else "yes (the kernel tells of writes)",
+        ],
         ["GPU", "; ".join(f"{g['name']} ({g['target']}, {size(g['memory'])})" for g in found["gpus"]) or "none"],
     ]
     if cache:
