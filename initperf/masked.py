@@ -12,6 +12,7 @@ from initperf import choice, direct, kept, masked_ops, ops
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
 from initperf.kept import Kept
 from initperf.masked_layer import MaskedLayer
+from initperf.pattern import Way
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -64,11 +65,12 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if (
             plain
             and (way := pattern.way) is not None
-            and way[0] == _facts(input, weight, bias)
-            and self._is_own(weight)
+            and (obeys := self._own) is not None
+            and obeys() is weight
             and torch.is_grad_enabled()
+            and _fits(way, input, weight, bias)
         ):  # as at the last call: sooner told
-            return way[1](input, weight, bias, pattern)
+            return way[0](input, weight, bias, pattern)
         mask: Any = self._buffers["weight_mask"]
         rows, columns = self.out_features, self.in_features
         check_input(input, columns, weight.dtype, weight.is_cpu)
@@ -101,7 +103,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             if own:
                 product = masked_ops.own_linear if runs_own else masked_ops.torch_linear
                 if flat is input:
-                    pattern.way = _facts(input, weight, bias), product
+                    of_bias = None if bias is None else bias.shape
+                    pattern.way = product, input.shape, input.dtype, of_bias, choice.setting()
                 y = product(flat, weight, bias, pattern)
             else:
                 ops.CALLS["masked_linear", "mkl"] += 1
@@ -112,10 +115,17 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
 
 
-def _facts(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
-    """What decides which products run, for a layer with the same mask."""
-    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.is_cpu)
-    return input.shape, input.dtype, input.is_cpu, weight.dtype, of_bias, choice.setting()
+def _fits(way: Way, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether operands are as they were when a layer with the same mask found out which product runs, on the CPU."""
+    _, shape, dtype, of_bias, setting = way
+    return (
+        input.shape == shape
+        and input.dtype is dtype
+        and weight.dtype is dtype
+        and input.is_cpu
+        and (of_bias is None if bias is None else bias.shape == of_bias and bias.dtype is dtype and bias.is_cpu)
+        and choice.setting() == setting
+    )
 
 
 def check_bias(bias: Tensor | None, weight: Tensor, out_features: int) -> None:

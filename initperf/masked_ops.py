@@ -172,19 +172,15 @@ class _OwnLinear(torch.autograd.Function):
     def backward(ctx, dy):
         (x, weight), mask = ctx.saved_tensors, ctx.pattern.unchanged_mask()
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        db = dy.sum(0) if needs_bias else None
         if not (direct.writable(dy) and weight.is_contiguous() and weight.dtype is x.dtype is dy.dtype):
             products = (masked_grad_input, _masked_grad_input), (masked_grad_weight, _masked_grad_weight)
             dx = direct.backward(*products[0], dy, weight, mask, [], True) if needs_x else None
-            return dx, direct.backward(*products[1], dy, x, mask, []) if needs_weight else None, db, None
-        own, dx, dw = cast(ModuleType, _own_dense()), None, None
-        if needs_x:
-            ops.CALLS["masked_grad_input", OWN] += 1
-            dx = own.grad_input(dy, weight, mask.shape[1])
-        if needs_weight:
-            ops.CALLS["masked_grad_weight", OWN] += 1
-            dw = own.grad_weight(dy, x, mask)
-        return dx, dw, db, None
+            dw = direct.backward(*products[1], dy, x, mask, []) if needs_weight else None
+            return dx, dw, dy.sum(0) if needs_bias else None, None
+        ops.CALLS["masked_grad_input", OWN] += needs_x
+        ops.CALLS["masked_grad_weight", OWN] += needs_weight
+        needs = needs_x, needs_weight, needs_bias
+        return *cast(ModuleType, _own_dense()).gradients(dy, x, weight, mask, None, needs), None
 
 
 _apply: Any = super(torch.autograd.Function, _Linear).apply  # where no transform of torch.func is at work

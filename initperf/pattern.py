@@ -22,6 +22,10 @@ ops.register("pattern_tensors", "pattern")
 ops.register("sparse_tensors", "sparse_linear")
 
 
+# Which product a layer's last input took; its shape and dtype, the bias's shape, and the setting of initperf.choice.
+Way = tuple[Callable[..., Tensor], torch.Size, torch.dtype, torch.Size | None, tuple[object, ...]]
+
+
 class Pattern:
     """tensors: the op argument `pattern`, empty where only dense products run; nnz: survivors; density: nnz / weights."""
 
@@ -29,7 +33,7 @@ class Pattern:
     nnz: int
     density: float
     mask: Tensor  # of a dense weight
-    way: tuple[object, Callable[..., Tensor]] | None = None  # a layer's last input, and which product it took
+    way: Way | None = None
     masked: tuple[str, str] = ("masked_grad_weight", "mkl")  # what is counted where torch's own gradient is masked
 
     def __init__(self, source: Tensor, content: Tensor) -> None:
@@ -118,7 +122,8 @@ class Pattern:
 
     def _kernel_for(self, gradient: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """What masks it in place; None if nothing may."""
-        self.unchanged_mask()
+        if self.mask is not self._source or _version(self.mask) != self._version:
+            self.unchanged_mask()  # or an error
         _CALLS[self.masked] += 1
         return _kernel() if direct.writable(gradient) else None
 

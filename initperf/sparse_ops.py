@@ -162,14 +162,10 @@ class _OwnLinear(torch.autograd.Function):
         if not (direct.writable(dy) and values.dtype is x.dtype is dy.dtype):
             return _Linear.backward(ctx, dy)
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
-        dense, dx, dv = cast(ModuleType, own(x)), None, None
-        if needs_x:
-            ops.CALLS["sparse_grad_input", OWN] += 1
-            dx = dense.grad_input(dy, values.contiguous(), x.shape[1], bits)
-        if needs_values:
-            ops.CALLS["sparse_grad_values", OWN] += 1
-            dv = dense.grad_values(dy, x, bits, values.shape[0])
-        return dx, dv, dy.sum(0) if needs_bias else None, None, None, None
+        ops.CALLS["sparse_grad_input", OWN] += needs_x
+        ops.CALLS["sparse_grad_values", OWN] += needs_values
+        needs = needs_x, needs_values, needs_bias
+        return *cast(ModuleType, own(x)).gradients(dy, x, values.contiguous(), None, bits, needs), None, None, None
 
 
 _apply: Any = super(torch.autograd.Function, _Linear).apply  # where no transform of torch.func is at work

@@ -115,6 +115,31 @@ def test_a_compressed_weight_has_the_products_of_the_dense_one_bit_by_bit(rows, 
     assert torch.equal(bits(found[2].flatten()), bits(dw[case.mask]))
 
 
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [*SHAPES, (8, 515, 301), (2, 1, 300), (0, 5, 7)])
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_gradients_by_one_call(rows, outputs, inputs, density, threads):
+    case, before = Case(rows, outputs, inputs, density), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for weight, mask, packed in ((case.weight, case.mask, None), (case.values, None, case.bits)):
+            if packed is None:
+                dw = own.grad_weight(case.dy, case.x, case.mask)
+            else:
+                dw = own.grad_values(case.dy, case.x, packed, len(weight))
+            want = own.grad_input(case.dy, weight, inputs, packed), dw
+            for needs in ((True, True, True), (False, True, True), (True, False, True), (True, True, False)):
+                for dy in (case.dy, case.dy.t().contiguous().t()):
+                    found = own.gradients(dy, case.x, weight, mask, packed, needs)
+                    assert [f is not None for f in found] == list(needs)
+                    for one, other in zip(found[:2], want, strict=True):
+                        assert one is None or (one.shape == other.shape and torch.equal(bits(one), bits(other)))
+                    if found[2] is not None:
+                        assert_close_to_exact(found[2], dy.double().sum(0), dy.sum(0), dy.abs().double().sum(0))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs"),
     [(16, 1001, 515), (1, 515, 1001), (3, 40, 9000), (2, 9000, 40), (40, 515, 301), (600, 70, 1001), (90, 1001, 65)],
@@ -448,6 +473,10 @@ def test_operands_that_kernels_could_not_read_raise(rows):
         own.forward(case.x, case.weight.double(), None, 50)
     with pytest.raises(TypeError, match="float32"):
         own.grad_weight(case.dy.bfloat16(), case.x, case.mask)
+    with pytest.raises(TypeError, match="float32"):
+        own.gradients(case.dy.double(), case.x, case.weight, case.mask, None, (True, True, True))
+    with pytest.raises(ValueError, match="weight of"):
+        own.gradients(case.dy, case.x, case.weight[1:], case.mask, None, (True, True, True))
     with pytest.raises(ValueError, match="50 x 70"):
         own.forward(case.x, case.weight[:3], None, 50)
     values = own.grad_values(case.dy, case.x, case.bits, 10)  # fewer than the mask has: no more are written

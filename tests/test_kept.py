@@ -7,14 +7,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from initperf.kernels.cpu import few_rows, products
+from initperf.kernels.cpu.pattern import pattern_tensors
+from initperf.kernels.cpu.sparse_pattern import sparse_tensors
 from test_overwritten import WRITES
 from tolerance import assert_close_to_exact, bits
 from torch.nn import functional as F
 
 from initperf import MaskedLinear, SparseLinear, choice, kept, ops
-from initperf.kernels.cpu import few_rows, products
-from initperf.kernels.cpu.pattern import pattern_tensors
-from initperf.kernels.cpu.sparse_pattern import sparse_tensors
 from initperf.write_watch import why_not
 
 KINDS = [MaskedLinear, SparseLinear]

@@ -151,3 +151,14 @@ def grad_weight(sizes, at, bits, scratch, first, last):
         else:
             outer_rows(_1, _0, factors, N, x, K, B, K, survives, target, K)
         n += rows
+
+
+@jit()
+def grad_bias(sizes, dy_at, db_at, first, last):
+    """Outputs first..last: the sum over the batch."""
+    dy, db = storage_pointer(dy_at, _FLOATS), storage_pointer(db_at, _FLOATS)
+    for n in range(first, last):
+        total = load(dy, n)
+        for b in range(1, sizes[0]):
+            total += load(dy, b * sizes[1] + n)
+        store(db, n, total)

@@ -229,6 +229,11 @@ def _zero_pruned(itemsize, words, mask, size, packed, workers, team, share):
 
 
 @jit()
+def _zero_by_one(itemsize, words, bits, size):
+    _zero_any(itemsize, words, bits, 0, size, True)
+
+
+@jit()
 def _zero_large(words, mask):
     for i in range(words.size):
         words[i] &= -words.dtype.type(mask[i])
@@ -241,7 +246,9 @@ def zero_pruned(tensor: Tensor, mask: Tensor, bits: Tensor | None = None) -> Ten
     which is sooner read.
     """
     size, itemsize = tensor.numel(), tensor.element_size()
-    if not mask.is_contiguous():
+    if size < SHARED and bits is not None:  # sooner called
+        _zero_by_one(itemsize, tensor.data_ptr(), bits.data_ptr(), size)
+    elif not mask.is_contiguous():
         (tensor if tensor.is_contiguous() else tensor.t()).masked_fill_(~mask, 0)
     elif size * itemsize > CACHED:
         words = (tensor if tensor.is_contiguous() else tensor.t()).view(-1).view(_WORDS[itemsize]).numpy()
