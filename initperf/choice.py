@@ -45,7 +45,7 @@ CHAINS = (0.95, 0.5, 0.7, 0.7, 0.9)
 # By ROWS and the last three of WEIGHTS: density below which survivors in the kernels' order win in inference.
 KEPT = {
     "masked": ((0, 0.33, 0.95), (0, 0.2, 0.5), (0.1, 0.6, 0.85), (0.5, 0.95, 0.95), (0.5, 0.95, 0.95)),
-    "sparse": ((0, 0.9, 0.95), (0, 0.35, 0.75), (0.1, 0.9, 0.95), (0.5, 0.95, 0.95), (0.5, 0.95, 0.95)),
+    "sparse": ((0.2, 0.9, 0.95), (0, 0.35, 0.75), (0.1, 0.9, 0.95), (0.5, 0.95, 0.95), (0.5, 0.95, 0.95)),
 }
 MODES = ("auto", "sparse", "dense")
 

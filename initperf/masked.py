@@ -86,6 +86,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if (
             plain
             and own
+            and rows * columns >= kept.LEAST
             and not torch.is_grad_enabled()
             and (y := kept.linear(self, "masked", flat, bias, pattern, weight, weight.stride())) is not None
         ):
@@ -131,7 +132,9 @@ def _fits(way: Way, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def check_bias(bias: Tensor | None, weight: Tensor, out_features: int) -> None:
     """Of the weight's dtype, device and outputs, as kernels that are handed addresses rely on."""
     if bias is None or (
-        bias.dtype is weight.dtype and bias.shape == (out_features,) and bias.device.type == weight.device.type
+        bias.dtype is weight.dtype
+        and bias.shape == (out_features,)
+        and ((bias.is_cpu and weight.is_cpu) or bias.device.type == weight.device.type)  # the first is sooner told
     ):
         return
     fail(

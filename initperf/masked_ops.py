@@ -30,7 +30,7 @@ MOST_COMPOSED = 1 << 22  # weights: their gradient lies in the caches when it is
 
 
 def _run(name: str, rows: int, like: Tensor, mask: Tensor, pattern: list[Tensor], *args: Any) -> Tensor:
-    device = like.device.type
+    device = "cpu" if like.is_cpu else like.device.type  # the first is sooner told
     dense = _dense(name, device)
     if dense is None or (pattern and sparse_pays(name, rows, mask.shape, pattern[1].numel(), like.dtype, device)):
         return ops.implementation(name, device)(*args)

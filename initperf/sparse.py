@@ -89,7 +89,7 @@ class SparseLinear(SparseLayer):
         if plain and torch.is_grad_enabled():
             if self._kept is not None and self._kept.copy is not None:
                 self._kept.drop(kept.state_of(pattern, values))
-        elif plain and pattern.tensors:
+        elif plain and rows * columns >= kept.LEAST and pattern.tensors:
             more = pattern.tensors[2].data_ptr(), pattern.nnz, 0
             if (y := kept.linear(self, "sparse", flat, bias, pattern, values, more)) is not None:
                 return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)

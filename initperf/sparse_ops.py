@@ -63,7 +63,7 @@ def _dense(
     name: str, rows: int, shape: tuple[int, int], nnz: int, like: Tensor, pattern: list[Tensor]
 ) -> ModuleType | None:
     """The module of the dense products, where one of those runs; it is counted."""
-    device = like.device.type
+    device = "cpu" if like.is_cpu else like.device.type  # the first is sooner told
     kernels = _kernels(device)
     if kernels is None or (pattern and choice.sparse_pays(name, rows, shape, nnz, like.dtype, device)):
         return None

@@ -25,8 +25,7 @@ from .spmm_ir import LANES
 from .team import in_team, members, number
 from .vector import pointer
 
-LEAST = {1: 70_000, 2: 1 << 13, 3: 1 << 13}  # weights of a masked layer, by batch rows
-LEAST_OF_MORE = 1 << 10  # with more rows
+LEAST, LEAST_OF_ONE = 1 << 14, 70_000  # weights of a masked layer, with several rows and with one
 LEAST_PRODUCT = 1 << 19  # multiplications, with many rows
 SERIAL = 1 << 16  # weights below which a second thread costs more than it saves
 SERIAL_MANY = 1 << 19  # multiplications, with many rows
@@ -146,7 +145,7 @@ def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
         return False
     if rows > FEW[_FORWARD]:
         return _FASTER and rows * weights >= LEAST_PRODUCT
-    return _WIDE and weights >= LEAST.get(rows, LEAST_OF_MORE)
+    return _WIDE and weights >= (LEAST_OF_ONE if rows == 1 else LEAST)
 
 
 def runs(x: Tensor, weight: Tensor) -> bool:
