@@ -17,8 +17,8 @@ from initperf.write_watch import WriteWatch, watch
 if TYPE_CHECKING:
     from initperf.pattern import Pattern
 
-LEAST = 1 << 18  # weights; what smaller layers gain does not repay the question whether they were written
-REPAID = 16  # calls that together gain what the copy costs, with the protection of pages and the first write to each
+LEAST = 1 << 19  # weights; what smaller layers gain does not repay the question whether they were written
+REPAID = 100  # calls that together gain what the copy costs, with the protection of pages and the first write to each
 TRIES = (
     2  # copies in a row that were written before they were repaid: then there are none until calls without would have
 )
@@ -34,7 +34,7 @@ class Copy(NamedTuple):
 
     def is_of(self, state: object) -> bool:
         """Whether the weight has not been written since; asked of the kernel where there are values."""
-        return state == self.state and (self.watch is None or self.watch.generation() == self.generation)
+        return state == self.state and (self.watch is None or self.watch.generation() == self.generation >= 0)
 
 
 class Kept:
@@ -49,15 +49,16 @@ class Kept:
     ) -> Copy:
         """Begin with a weight in a new state: `source`, and what follows its address in a source of kernels/cpu/survivors.py."""
         self._account()
-        found = None
+        found, generation = None, -1
         if self.failures < TRIES and source.is_contiguous() and not source.is_pinned():
             found = watch(source.data_ptr(), source.nbytes)
-        if found is None:
+            generation = -1 if found is None else found.generation()  # before anything is read
+            self.failures += generation < 0
+        if found is None or generation < 0:
             made = Copy(state, None, None, 0)
         else:
             from initperf.kernels.cpu.products import in_order
 
-            generation = found.generation()  # before anything is read
             values = in_order((source.data_ptr(), *more), shape, source.dtype, index)
             made = Copy(state, values, found, generation)
         self.copy, self.calls = made, 0
@@ -65,20 +66,23 @@ class Kept:
 
     def drop(self, state: object) -> None:
         """Lift the protection of a weight that was written, so that training writes freely."""
-        if self.copy is not None and state != self.copy.state:
+        copy = self.copy
+        if copy is not None and state != copy.state:
             self._account()
             self.copy, self.calls = None, 0
 
     def _account(self) -> None:
+        copy = self.copy
         if self.calls >= REPAID:
             self.failures = 0
-        elif self.copy is not None and self.copy.values is not None:
+        elif copy is not None and copy.values is not None:
             self.failures += 1
 
 
 def state_of(pattern: Pattern, source: Tensor) -> object:
     """What changes with the mask, and with writes that torch counts."""
-    return pattern, -1 if source.is_inference() else source._version, source.data_ptr(), source.stride()
+    version = -1 if source.is_inference() else source._version
+    return pattern, version, source.data_ptr(), source.stride(), source.dtype
 
 
 def linear(

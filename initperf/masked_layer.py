@@ -108,6 +108,7 @@ class MaskedLayer(nn.Module):
             fail("a weight of float32, bfloat16, float16 or float64", self.weight.dtype)
         if self.weight_mask.dtype != torch.bool:
             self.weight_mask = self.weight_mask.bool()
+        self.__dict__.pop("_kept", None)
         self._pattern = self._new_pattern()
         self._probes = _pruned_places(self.weight_mask)
         self._mask_weight()
@@ -231,6 +232,7 @@ class MaskedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.weight_mask
+        self.__dict__.pop("_kept", None)
         super()._apply(fn, recurse)
         self._pattern.way = None
         self._own = weakref.ref(self._parameters["weight"]) if self._parameters.get("weight") is not None else None

@@ -174,6 +174,7 @@ class SparseLayer(nn.Module):
         if not bits.is_meta:
             sampling.check_bits(bits, self.weight_shape, self.nnz, "weight_mask_bits")
             self._bits_off_meta = None
+        self.__dict__.pop("_kept", None)
         self._pattern = self._new_pattern()
 
     def _new_pattern(self) -> Pattern:
@@ -213,6 +214,7 @@ class SparseLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.weight_mask_bits
+        self.__dict__.pop("_kept", None)
         super()._apply(fn, recurse)
         bits = self.weight_mask_bits
         if bits is before:

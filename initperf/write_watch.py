@@ -47,25 +47,25 @@ class _Kernel(NamedTuple):
 
 
 @cache
-def _kernel() -> _Kernel:
-    """Opened once a process. OSError says why there is none."""
+def _kernel() -> _Kernel | str:
+    """Opened once a process; or why there is none."""
     if os.environ.get("INITPERF_WATCH") == "0":
-        raise OSError("turned off by INITPERF_WATCH=0")
+        return "turned off by INITPERF_WATCH=0"
     number = _SYSCALLS.get(platform.machine())
     if not sys.platform.startswith("linux") or number is None:
-        raise OSError("only Linux on x86-64 and ARM64 tells")
+        return "only Linux on x86-64 and ARM64 tells"
     import fcntl
 
     libc = ctypes.CDLL(None, use_errno=True)
     uffd = libc.syscall(number, _O_CLOEXEC | _USER_MODE_ONLY)
     if uffd < 0:
-        raise OSError(f"userfaultfd is not allowed here: {os.strerror(ctypes.get_errno())}")
+        return f"userfaultfd is not allowed here: {os.strerror(ctypes.get_errno())}"
     try:
         fcntl.ioctl(uffd, _API, bytearray(struct.pack("3Q", _UFFD_API, _WP_UNPOPULATED | _WP_ASYNC, 0)))
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as problem:
         os.close(uffd)
-        raise OSError(f"Linux 6.7 or later is needed: {problem.strerror}") from problem
+        return f"Linux 6.7 or later is needed: {problem.strerror}"
     return _Kernel(uffd, pagemap, os.getpid())
 
 
@@ -74,11 +74,8 @@ os.register_at_fork(after_in_child=_kernel.cache_clear) if hasattr(os, "register
 
 def why_not() -> str:
     """Why nothing can be watched in this process; empty if it can."""
-    try:
-        _kernel()
-    except OSError as problem:
-        return str(problem)
-    return ""
+    found = _kernel()
+    return found if isinstance(found, str) else ""
 
 
 class WriteWatch:
@@ -89,11 +86,15 @@ class WriteWatch:
     """
 
     def __init__(self, address: int, size: int) -> None:
-        self._kernel = _kernel()
+        kernel = _kernel()
+        if isinstance(kernel, str):
+            raise OSError(kernel)
+        self._kernel, self._gone = kernel, False
         self._first, self._last = -(-address // _PAGE) * _PAGE, (address + size) // _PAGE * _PAGE
         if self._last <= self._first:
             raise OSError("less than a page")
         self._ends = ((address, self._first - address), (self._last, address + size - self._last))
+        self.memory = address, size
         self._generation = 0
         self._bytes: tuple[bytes, ...] = ()
         self._region = ctypes.create_string_buffer(24)  # PAGEMAP_SCAN tells where; nobody asks
@@ -102,8 +103,8 @@ class WriteWatch:
         self._lock = threading.Lock()
         _check_private(self._first, self._last)
         self._ask(_REGISTER, "4Q", self._first, self._last - self._first, _MODE_WP, 0)
-        self._close = weakref.finalize(self, _release, self._kernel, self._first, self._last)
-        self._close.atexit = False
+        self._release = weakref.finalize(self, _unregister, self._kernel, self._first, self._last)
+        self._release.atexit = False
         self._protect()
 
     def _ask(self, number: int, layout: str, *values: int) -> int:
@@ -118,15 +119,18 @@ class WriteWatch:
     def _now(self) -> tuple[bytes, ...]:
         return tuple(ctypes.string_at(*end) for end in self._ends)
 
-    def _is_written(self) -> bool:
+    def _written_pages(self) -> int:
+        """1 if any page was written, else 0; OSError if what is mapped there is not watched."""
         import fcntl
 
-        found = fcntl.ioctl(self._kernel.pagemap, _SCAN, bytearray(self._question))
-        return found > 0 or self._now() != self._bytes
+        return fcntl.ioctl(self._kernel.pagemap, _SCAN, bytearray(self._question))
+
+    def _is_written(self) -> bool:
+        return self._written_pages() > 0 or self._now() != self._bytes
 
     def generation(self) -> int:
-        """How often the memory was found written. -1: it is no longer watched (a forked child, memory that was given back)."""
-        if os.getpid() != self._kernel.pid:
+        """How often the memory was found written. -1, from then on: it is no longer watched (a forked child, memory that was given back)."""
+        if self._gone or os.getpid() != self._kernel.pid:
             return -1
         try:
             if self._is_written():
@@ -135,15 +139,32 @@ class WriteWatch:
                         self._generation += 1  # before the pages are protected, and another thread finds nothing
                         self._protect()
         except OSError:
-            return -1
-        return self._generation
+            self.leave()
+        return -1 if self._gone else self._generation
+
+    def leave(self) -> None:
+        """Tell nothing any more, and leave the memory as it is: another may be watching there."""
+        self._gone = True
+        self._release.detach()
 
     def close(self) -> None:
         """Lift the protection: the first writes cost nothing more."""
-        self._close()
+        self._gone = True
+        self._release()
+
+    def is_there(self) -> bool:
+        """Whether it still watches; asked without reading memory that may have been given back."""
+        try:
+            return not self._gone and self._written_pages() >= 0
+        except OSError:
+            return False
+
+    def overlaps(self, address: int, size: int) -> bool:
+        """Whether any page of the memory is watched here."""
+        return self._first < address + size and address < self._last
 
 
-def _release(kernel: _Kernel, first: int, last: int) -> None:
+def _unregister(kernel: _Kernel, first: int, last: int) -> None:
     import fcntl
 
     if os.getpid() != kernel.pid:
@@ -162,29 +183,40 @@ def _check_private(first: int, last: int) -> None:
                 raise OSError("shared memory, or a file's")
 
 
-_watches: weakref.WeakValueDictionary[tuple[int, int], WriteWatch] = weakref.WeakValueDictionary()
+_watches: weakref.WeakSet[WriteWatch] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
 def watch(address: int, size: int) -> WriteWatch | None:
-    """The watch of this memory, shared by all who ask; None if it cannot be watched, or if a part of it is watched already."""
-    key = address, size
+    """The watch of this memory, shared by all who ask; None if it cannot be watched, or if a part of it is watched already.
+
+    One watch's protection would hide writes from another: of those that overlap only one ever tells anything.
+    """
+    if why_not():
+        return None
     with _lock:
-        found = _watches.get(key)
-        if found is not None and found.generation() >= 0:
-            return found
-        if any(a < address + size and address < a + n for a, n in list(_watches) if (a, n) != key):
-            return None  # one's protection would hide writes from the other
+        for other in list(_watches):
+            if not other.overlaps(address, size):
+                continue
+            if other.memory == (address, size) and other.generation() >= 0:
+                return other
+            if other.is_there():
+                return None
+            other.leave()
+            _watches.discard(other)
         try:
-            made = _watches[key] = WriteWatch(address, size)
+            made = WriteWatch(address, size)
         except OSError:
             return None
+        _watches.add(made)
         return made
 
 
 def _forget() -> None:
     global _lock
     _lock = threading.Lock()
+    for other in list(_watches):
+        other.leave()
     _watches.clear()
 
 

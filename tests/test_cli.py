@@ -388,6 +388,12 @@ def test_doctor_says_that_the_choice_of_products_is_overridden(call):
     assert "INITPERF_PRODUCTS" not in call("doctor", "--no-check")[1]
 
 
+@pytest.mark.parametrize(("why", "said"), [("", "yes (the kernel tells"), ("because", "no (because)")])
+def test_doctor_says_whether_unchanged_weights_are_kept(call, monkeypatch, why, said):
+    monkeypatch.setattr("initperf.doctor.why_not", lambda: why)
+    assert said in call("doctor", "--no-check")[1]
+
+
 def test_doctor_fails_when_a_kernel_disagrees(call, monkeypatch):
     from initperf import selfcheck
 

@@ -129,8 +129,8 @@ def test_the_gradients_by_one_call(rows, outputs, inputs, density, threads):
                 dw = own.grad_values(case.dy, case.x, packed, len(weight))
             want = own.grad_input(case.dy, weight, inputs, packed), dw
             for needs in ((True, True, True), (False, True, True), (True, False, True), (True, True, False)):
-                for dy in (case.dy, case.dy.t().contiguous().t()):
-                    found = own.gradients(dy, case.x, weight, mask, packed, needs)
+                for dy, x in ((case.dy, case.x), (case.dy.t().contiguous().t(), case.x.t().contiguous().t())):
+                    found = own.gradients(dy, x, weight, mask, packed, needs)
                     assert [f is not None for f in found] == list(needs)
                     for one, other in zip(found[:2], want, strict=True):
                         assert one is None or (one.shape == other.shape and torch.equal(bits(one), bits(other)))
@@ -138,6 +138,22 @@ def test_the_gradients_by_one_call(rows, outputs, inputs, density, threads):
                         assert_close_to_exact(found[2], dy.double().sum(0), dy.sum(0), dy.abs().double().sum(0))
     finally:
         torch.set_num_threads(before)
+
+
+def test_each_thread_works_in_memory_of_its_own(monkeypatch):
+    case, memory, before = Case(8, 515, 301, 0.4), [], torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def marked(size):
+        memory.append(torch.full((size,), 0x55, dtype=torch.uint8))
+        return memory[-1]
+
+    monkeypatch.setattr(own, "working_memory", marked)
+    try:
+        own.gradients(case.dy, case.x, case.values, None, case.bits, (True, True, True))
+    finally:
+        torch.set_num_threads(before)
+    assert all((part != 0x55).any() for part in memory[0].chunk(2))
 
 
 @pytest.mark.parametrize(
@@ -331,12 +347,13 @@ def test_fewer_threads_than_asked_for():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_in_a_forked_child():
+@pytest.mark.parametrize("rows", [4, 40])
+def test_in_a_forked_child(rows):
     code = """
 import os, signal, torch
 from initperf import MaskedLinear
 from initperf.choice import prefer
-layer, x = MaskedLinear(400, 400, mask=torch.rand(400, 400) < 0.5), torch.randn(40, 400)
+layer, x = MaskedLinear(400, 400, mask=torch.rand(400, 400) < 0.5), torch.randn(ROWS, 400)
 with prefer("dense"):
     layer(x)
     if not (child := os.fork()):
@@ -345,6 +362,7 @@ with prefer("dense"):
         os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
+    code = code.replace("ROWS", str(rows))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -475,6 +493,8 @@ def test_operands_that_kernels_could_not_read_raise(rows):
         own.grad_weight(case.dy.bfloat16(), case.x, case.mask)
     with pytest.raises(TypeError, match="float32"):
         own.gradients(case.dy.double(), case.x, case.weight, case.mask, None, (True, True, True))
+    with pytest.raises(TypeError, match="float32"):
+        own.gradients(case.dy, case.x, case.weight.double(), case.mask, None, (True, True, True))
     with pytest.raises(ValueError, match="weight of"):
         own.gradients(case.dy, case.x, case.weight[1:], case.mask, None, (True, True, True))
     with pytest.raises(ValueError, match="50 x 70"):

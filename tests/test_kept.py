@@ -2,6 +2,7 @@
 
 import copy
 import mmap
+import os
 import pickle
 
 import numpy as np
@@ -14,7 +15,8 @@ from test_overwritten import WRITES
 from tolerance import assert_close_to_exact, bits
 from torch.nn import functional as F
 
-from initperf import MaskedLinear, SparseLinear, choice, kept, ops
+from initperf import MaskedLinear, SparseLinear, choice, densify, kept, ops
+from initperf.pattern import pack_bits
 from initperf.write_watch import why_not
 
 KINDS = [MaskedLinear, SparseLinear]
@@ -77,12 +79,13 @@ def test_products(kind, dtype, rows, shape):
         check(layer, rows, keeps=fills_a_page)
 
 
-def test_large_products_have_the_same_bits_for_any_number_of_threads():
+def test_large_products_have_the_same_bits_for_any_number_of_threads(monkeypatch):
     weight = torch.randn(1100, 1300)
     mask = torch.rand(1100, 1300) < 0.3
     index = pattern_tensors(mask)[:2]
-    before = torch.get_num_threads()
-    found = []
+    before, in_parallel = torch.get_num_threads(), []
+    found, real = [], products._order_parallel
+    monkeypatch.setattr(products, "_order_parallel", lambda *about: in_parallel.append(about[0]) or real(*about))
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
@@ -92,6 +95,7 @@ def test_large_products_have_the_same_bits_for_any_number_of_threads():
                 found.append(products.multiply(x, (values.data_ptr(),), 1100, None, *index))
         finally:
             torch.set_num_threads(before)
+    assert in_parallel[:1] == [2] or os.cpu_count() == 1
     for i in range(3):
         assert torch.equal(bits(found[i]), bits(found[3 + i]))
         assert torch.equal(bits(found[i]), bits(found[6 + i]))
@@ -300,6 +304,42 @@ def test_shared_weights_are_not_kept(kind):
 
 
 @watches
+def test_memory_that_is_read_as_another_dtype():
+    layer = made(MaskedLinear, dtype=torch.float16)
+    check(layer)
+    layer.weight.data = layer.weight.data.view(torch.bfloat16)
+    layer.bias.data = layer.bias.data.to(torch.bfloat16)
+    check(layer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refusals_are_not_asked_for_ever(kind, monkeypatch):
+    asked = []
+    monkeypatch.setattr(kept, "watch", lambda *where: asked.append(where))
+    layer = made(kind)
+    for _ in range(3 * kept.TRIES):
+        values_of(layer).detach().mul_(1.5)
+        check(layer, keeps=False)
+    assert len(asked) == kept.TRIES
+
+
+@watches
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", ["meta", "mask", "double"])
+def test_nothing_is_kept_of_a_layer_that_changed(kind, change):
+    layer = made(kind)
+    check(layer)
+    assert layer._kept.copy.values is not None
+    if change == "meta":
+        layer.to("meta")
+    elif change == "mask":
+        layer.set_mask(~layer.weight_mask)
+    else:
+        layer.double()
+    assert layer._kept is None
+
+
+@watches
 @pytest.mark.parametrize("kind", KINDS)
 def test_inference_mode_and_other_shapes_of_input(kind):
     with torch.inference_mode():
@@ -313,6 +353,142 @@ def test_inference_mode_and_other_shapes_of_input(kind):
         torch.testing.assert_close(layer(x.transpose(0, 1)), y.transpose(0, 1))
     with pytest.raises(RuntimeError, match="in_features"), torch.no_grad():
         layer(torch.randn(2, 299))
+
+
+@watches
+def test_a_write_during_the_copy(monkeypatch):
+    layer, real = made(MaskedLinear), products.in_order
+
+    def then_written(*where):
+        values = real(*where)
+        survivor_by_data(layer.weight)
+        return values
+
+    monkeypatch.setattr(products, "in_order", then_written)
+    counted(layer, torch.randn(1, 300))
+    monkeypatch.setattr(products, "in_order", real)
+    check(layer)
+
+
+@watches
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_with_gradients_drops_what_was_written_alone(kind):
+    layer = made(kind)
+    check(layer)
+    before = layer._kept.copy
+    layer(torch.randn(1, 300))
+    assert layer._kept.copy is before
+    with torch.no_grad():
+        values_of(layer).mul_(1.5)
+    layer(torch.randn(1, 300))
+    assert layer._kept.copy is None
+
+
+@watches
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropped_copies_count_as_failures(kind):
+    layer = made(kind)
+    for i in range(kept.TRIES + 1):
+        check(layer, keeps=i < kept.TRIES)
+        with torch.no_grad():
+            values_of(layer).mul_(1.5)
+        layer(torch.randn(1, 300))
+
+
+@watches
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_copy_must_be_repaid_anew(kind):
+    layer = made(kind)
+    for _ in range(kept.REPAID):
+        check(layer)
+    for i in range(kept.TRIES + 1):
+        values_of(layer).data.mul_(1.1)
+        check(layer, keeps=i < kept.TRIES)
+
+
+@watches
+def test_other_strides_alone():
+    layer = made(MaskedLinear, 200, 200, density=2.0)
+    mask = torch.rand(200, 200) < 0.2
+    layer.set_mask(mask | mask.t())
+    check(layer)
+    layer.weight.data = layer.weight.data.t()
+    check(layer, keeps=False)
+
+
+@watches
+def test_another_mask_of_as_many_survivors():
+    layer = made(SparseLinear)
+    check(layer)
+    layer.weight_mask_bits.copy_(pack_bits(layer.weight_mask.flatten().roll(7).view(100, 300)))
+    check(layer)
+
+
+def test_pinned_memory_is_not_kept(monkeypatch):
+    """A device may write it, which no page tells."""
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda *_: True)
+    check(made(MaskedLinear), keeps=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_kept_where_the_reference_runs(kind, monkeypatch):
+    monkeypatch.setattr(ops, "backend_of", lambda *_: "reference")
+    check(made(kind), keeps=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_kept_where_nothing_is_pruned(kind):
+    check(made(kind, density=2.0), keeps=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whether_it_pays_is_asked_by_rows_and_survivors(kind, monkeypatch):
+    asked = []
+    monkeypatch.setattr(choice, "kept_pays", lambda *about: asked.append(about) or True)
+    layer = made(kind)
+    counted(layer, torch.randn(2, 3, 300))
+    nnz = int((dense_weight(layer) != 0).sum())
+    assert asked == [("masked" if kind is MaskedLinear else "sparse", 6, 30_000, nnz, torch.float32)]
+
+
+def test_a_weight_that_is_not_the_layers_own():
+    layer, x, weight = made(MaskedLinear), torch.randn(2, 300), torch.randn(100, 300)
+    with torch.no_grad():
+        y = torch.func.functional_call(layer, {"weight": weight}, (x,))
+    torch.testing.assert_close(y, F.linear(x, weight * layer.weight_mask, layer.bias), rtol=1e-4, atol=1e-4)
+    assert layer._kept is None
+
+
+@watches
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast(kind):
+    layer, x = made(kind), torch.randn(2, 300)
+    check(layer)
+    before = ops.CALLS.copy()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert not any(backend == "numba-kept" for _, backend in ops.CALLS - before)
+
+
+@watches
+def test_conversions_forget():
+    model = torch.nn.Sequential(made(SparseLinear), torch.nn.Linear(100, 5))
+    check(model[0])
+    densify(model)
+    assert type(model[0]) is torch.nn.Linear
+    assert "_kept" not in model[0].__dict__
+
+
+def test_few_rows_and_more_have_kernels_of_their_own(monkeypatch):
+    mask = torch.rand(70, 300) < 0.3
+    weight, index = torch.randn(70, 300), pattern_tensors(mask)[:2]
+    values = products.in_order((weight.data_ptr(), *weight.stride()), (70, 300), torch.float32, index)
+    called, real = [], products.call_few
+    monkeypatch.setattr(products, "call_few", lambda *about: called.append(len(about[1])) or real(*about))
+    for rows in (1, 2, 3, 4):
+        products.multiply(torch.randn(rows, 300), (values.data_ptr(),), 70, None, *index)
+    assert called == [1, 2]
 
 
 def test_only_from_a_size_on(monkeypatch):
@@ -332,3 +508,13 @@ def test_by_density_rows_and_mode():
 
 
 _PAYS = choice.kept_pays
+
+
+def test_the_table():
+    below = choice._kept_below
+    assert below("sparse", 1, 1 << 18, 4) == choice.KEPT["sparse"][0][0]
+    assert below("masked", 1, 1 << 24, 2) == choice.KEPT["masked"][0][2] / 2
+    assert below("masked", 4, 1 << 24, 4) == choice.KEPT["masked"][1][2]
+    one, four = (row[1] for row in choice.KEPT["masked"][:2])
+    assert below("masked", 2, 1 << 22, 4) == pytest.approx((one + four) / 2)
+    assert below("masked", 1, 1 << 23, 4) == pytest.approx((one + choice.KEPT["masked"][0][2]) / 2)
