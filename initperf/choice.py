@@ -240,7 +240,7 @@ _LIMITS = {  # by ROWS, from 2**18 weights on: where our own dense products run,
     "masked": ((0.0, 0.0, 0.06, 0.3, 0.42), (0.015, 0.01, 0.1, 1 / 3, 1 / 3)),
     "sparse": ((0.12, 0.04, 0.2, 0.45, 0.5), (MOST, MOST, MOST, 0.7, 0.4)),
 }
-_FORWARD_OF_16 = {"masked": 0.15, "sparse": 0.45}  # where our own run, forward passes with 16 rows
+_FORWARD_OF_16 = {"masked": 0.15, "sparse": 0.45}  # where our own run, forward passes with 16 rows and 2**22 weights or more
 
 
 def _own_dense(itemsize: int) -> bool:
@@ -256,10 +256,10 @@ def _built_in(kind: str, size: int) -> list[list[float]]:
     """
     storage = kind.split("_")[0]
     if _own_dense(size):
-        limits = list(_LIMITS[storage][0])
+        limits = [[0.0, 0.0, *[limit] * 3] for limit in _LIMITS[storage][0]]
         if kind.endswith("_linear"):
-            limits[ROWS.index(16)] = _FORWARD_OF_16[storage]
-        return [[0.0, 0.0, *[limit] * 3] for limit in limits]
+            limits[ROWS.index(16)][-2:] = [_FORWARD_OF_16[storage]] * 2
+        return limits
     limits = [limit * (0.5 if size == 2 else 1.0) for limit in _LIMITS[storage][1]]
     return [[limit if storage == "sparse" else 0.0] * 2 + [limit] * 3 for limit in limits]
 
