@@ -20,7 +20,7 @@ _is_autocast_enabled = torch.is_autocast_enabled
 
 
 def plain(x: Tensor) -> bool:
-    """Whether `x` has memory of its own and only autograd can be listening to an op on it: no mode, no transform, no tracing (of compilers and torch.jit), no tangents, no autocast, no subclass."""
+    """Whether `x` has memory of its own and only autograd can be listening to an op on it: no mode, no transform, no tracing (of compilers and torch.jit), no tangents, no autocast, no subclass, no negation that is still to be done."""
     return (
         type(x) is Tensor
         and ((on_cpu := x.is_cpu) or x.is_cuda)
@@ -31,6 +31,7 @@ def plain(x: Tensor) -> bool:
         and _tracing_state() is None
         and _forward_ad._current_level < 0
         and not _is_autocast_enabled("cpu" if on_cpu else "cuda")
+        and not x.is_neg()
         and _has_memory(x)
     )
 
@@ -43,6 +44,7 @@ def writable(gradient: Tensor) -> bool:
         and not _dispatch_modes()
         and _function_transform() is None
         and _forward_ad._current_level < 0
+        and not gradient.is_neg()
         and _has_memory(gradient)
     )
 

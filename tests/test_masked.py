@@ -19,6 +19,7 @@ from initperf.convert import check_masks, densify, masked_layers, sparsify
 from initperf.masked import MaskedLinear
 from initperf.optimizer_masks import mask_optimizer_
 from initperf.pattern import pack_bits
+from initperf.sparse import SparseLinear
 
 pytest.importorskip("numba")
 
@@ -691,3 +692,25 @@ def test_each_layer_trains_where_nothing_else_was_imported(name):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.split() == ["True"], found.stderr
+
+
+@pytest.mark.parametrize("kind", [MaskedLinear, SparseLinear])
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_inputs_and_gradients_that_are_still_to_be_negated(kind, rows, gradients):
+    """As conj().imag gives them: their memory holds the opposite."""
+    mask = torch.rand(100, 200) < 0.2
+    layer = kind(200, 100, mask=mask)
+    dense, x = layer.to_dense(), torch.randn(rows, 200)
+    lazily = torch._neg_view(x)
+    assert lazily.is_neg()
+    with torch.set_grad_enabled(gradients):
+        y, expected = layer(lazily), dense(-x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        if gradients:
+            dy = torch.randn(rows, 100)
+            y.backward(torch._neg_view(dy))
+            expected.backward(-dy)
+            torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=1e-4, atol=1e-5)
+            values = layer.weight.grad[mask] if kind is MaskedLinear else layer.weight_values.grad.flatten()
+            torch.testing.assert_close(values, dense.weight.grad[mask], rtol=1e-4, atol=1e-5)
