@@ -240,7 +240,8 @@ _LIMITS = {  # by ROWS, from 2**18 weights on: where our own dense products run,
     "masked": ((0.0, 0.0, 0.06, 0.3, 0.42), (0.015, 0.01, 0.1, 1 / 3, 1 / 3)),
     "sparse": ((0.12, 0.04, 0.2, 0.45, 0.5), (MOST, MOST, MOST, 0.7, 0.4)),
 }
-_FORWARD_OF_16 = {"masked": 0.15, "sparse": 0.45}  # where our own run, forward passes with 16 rows and 2**22 weights or more
+# Where our own run: forward passes with 16 rows and 2**22 weights or more.
+_FORWARD_OF_16 = {"masked": 0.15, "sparse": 0.45}
 
 
 def _own_dense(itemsize: int) -> bool:
