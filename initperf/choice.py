@@ -257,10 +257,10 @@ def _built_in(kind: str, size: int) -> list[list[float]]:
     """
     storage = kind.split("_")[0]
     if _own_dense(size):
-        limits = [[0.0, 0.0, *[limit] * 3] for limit in _LIMITS[storage][0]]
+        table = [[0.0, 0.0, *[limit] * 3] for limit in _LIMITS[storage][0]]
         if kind.endswith("_linear"):
-            limits[ROWS.index(16)][-2:] = [_FORWARD_OF_16[storage]] * 2
-        return limits
+            table[ROWS.index(16)][-2:] = [_FORWARD_OF_16[storage]] * 2
+        return table
     limits = [limit * (0.5 if size == 2 else 1.0) for limit in _LIMITS[storage][1]]
     return [[limit if storage == "sparse" else 0.0] * 2 + [limit] * 3 for limit in limits]
 
