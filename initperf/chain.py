@@ -1,4 +1,4 @@
-"""SparseSequential: an nn.Sequential whose small compressed layers run as one call in inference."""
+"""SparseSequential: an nn.Sequential whose small compressed layers run as one call, in inference and in training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
-from initperf import choice, direct, ops
+from initperf import chain_training, choice, direct, ops
+from initperf.chain_training import Parameters
 from initperf.checks import FLOATS
 from initperf.masked import check_input
 from initperf.pattern import Pattern
@@ -23,22 +24,24 @@ TRIES = 10
 SPARSEST = 64  # weights for one survivor: rows and column blocks without any take time, too
 SKIPPED = (nn.Identity, nn.Dropout)  # the latter in evaluation
 Part = Callable[[Tensor], Tensor]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_EVERYWHERE = [getattr(torch_modules, "_global" + hooks) for hooks in _HOOKS]
 ops.register("sparse_chain", "chain")
 
 
 class SparseSequential(nn.Sequential):
     """nn.Sequential with the same children and state_dict, where SparseLinear layers (at most 2**18 survivors together) and ReLU that
-    follow one another are computed by one call of a kernel wherever no gradient is wanted (torch.no_grad, torch.inference_mode).
+    follow one another are computed by one call of a kernel, and in training their gradients by another.
 
     sparsify(..., sparse=True) makes it of every plain nn.Sequential that holds compressed linear layers, densify an
-    nn.Sequential again. In training, with hooks on a child, under autocast, transforms, compilation and not on the CPU,
+    nn.Sequential again. With hooks on a child, Dropout at work, under autocast, transforms, compilation and not on the CPU,
     every child is called as usual. Same results within rounding.
     """
 
     _parts: _Parts | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return super().forward(input)
         children = tuple(self._modules.values())
         kinds, parts = tuple(map(type, children)), self._parts
@@ -105,15 +108,28 @@ class _Parts(NamedTuple):
 
     def observed(self) -> bool:
         """Whether something must see the children called: hooks, a forward of their own, dropout at work."""
-        if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        if any(hooks for hooks in _EVERYWHERE):
             return True
         for module in self.in_runs:
             state = module.__dict__
-            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            if any(state[hooks] for hooks in _HOOKS) or "forward" in state:
                 return True
             if state["training"] and type(module) is nn.Dropout:
                 return True
         return False
+
+
+class _Plans:
+    """What the kernels know of a run with masks as they are, made when first asked for."""
+
+    def __init__(self, patterns: list[Pattern]) -> None:
+        self.patterns = patterns
+        self.lock = threading.Lock()
+        self.inference: tuple[list[Any], Any] = (
+            [],
+            None,
+        )  # addresses and dtypes of the parameters, and the plan for them
+        self.training: dict[torch.dtype, chain_training.Run | None] = {}
 
 
 class _Run:
@@ -126,10 +142,7 @@ class _Run:
         self.relus = [
             after is nn.ReLU for kind, after in zip(kinds, [*kinds[1:], None], strict=True) if kind is SparseLinear
         ]
-        self.plan: Any = None
-        self.lock = threading.Lock()
-        self.patterns: list[Pattern] = []
-        self.seen: list[Any] = []  # addresses and dtypes
+        self.plans = _Plans([])
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._together(x)
@@ -141,11 +154,32 @@ class _Run:
 
     def _together(self, x: Tensor) -> Tensor | None:
         """What the layers make of x; None where they are to be called one by one."""
-        if not isinstance(x, Tensor) or not x.is_cpu or not direct.plain(x) or (plan := self._current()) is None:
+        if not isinstance(x, Tensor) or not x.is_cpu or not direct.plain(x):
             return None
-        shape = x.shape
-        check_input(x, plan.inputs, plan.dtype, True)
-        flat = x if len(shape) == 2 else x.reshape(math.prod(shape[:-1]), plan.inputs)
+        patterns: list[Pattern] = []
+        parameters: list[Tensor | None] = []
+        for layer in self.layers:
+            found = layer._parameters
+            if "weight_values" not in found or "bias" not in found:  # parametrized
+                return None
+            patterns.append(layer._fresh_pattern())
+            parameters += found["weight_values"], found["bias"]
+        if patterns != self.plans.patterns:
+            self.plans = _Plans(patterns)
+        if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
+            return self._train(x, self.plans, parameters)
+        return self._infer(x, self.plans, parameters)
+
+    def _infer(self, x: Tensor, plans: _Plans, parameters: Parameters) -> Tensor | None:
+        seen = [what for p in parameters for what in ((0, None) if p is None else (p.data_ptr(), p.dtype))]
+        known, plan = plans.inference
+        if seen != known:
+            plan = self._inference_plan()
+            with plans.lock:
+                plans.inference = seen, plan
+        if plan is None:
+            return None
+        flat = _flat(x, plan)
         rows = flat.shape[0]
         if not rows or not choice.chain_pays(rows, plan.weights, plan.nnz, plan.dtype):
             return None
@@ -154,55 +188,77 @@ class _Run:
             if plan(flat, y):
                 break
             old, plan = plan, plan.prepared(rows)
-            with self.lock:
-                if self.plan is old:
-                    self.plan = plan
+            with plans.lock:
+                if plans.inference[1] is old:
+                    plans.inference = seen, plan
         else:  # another thread keeps writing the values
             return None
         ops.CALLS["sparse_chain", "numba"] += 1
-        return y if len(shape) == 2 else y.reshape(*shape[:-1], plan.outputs)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], plan.outputs)
 
-    def _current(self) -> Any:
-        """The plan for masks and parameters as they are; None where there can be none."""
-        patterns: list[Pattern] = []
-        seen: list[Any] = []
-        for layer in self.layers:
-            found = layer._parameters
-            if "weight_values" not in found or "bias" not in found:  # parametrized
-                return None
-            values, bias = cast(Tensor, found["weight_values"]), found["bias"]
-            patterns.append(layer._fresh_pattern())
-            seen += (values.data_ptr(), values.dtype, 0 if bias is None else bias.data_ptr())
-        if patterns != self.patterns or seen != self.seen:
-            plan = self._new_plan()
-            with self.lock:
-                self.plan, self.patterns, self.seen = plan, patterns, seen
-            return plan
-        return self.plan
-
-    def _new_plan(self) -> Any:
+    def _train(self, x: Tensor, plans: _Plans, parameters: Parameters) -> Tensor | None:
         dtype = self.layers[0].weight_values.dtype
+        if dtype not in plans.training:
+            run = self._training_run(plans.patterns, dtype)
+            with plans.lock:
+                plans.training[dtype] = run
+        if (run := plans.training[dtype]) is None or not chain_training.fits(run, parameters):
+            return None
+        plan = run.plan
+        flat = _flat(x, plan)
+        rows = flat.shape[0]
+        if not rows or not choice.chain_trains(rows, plan.weights, plan.nnz, dtype):
+            return None
+        for layer in self.layers:
+            layer.leave_inference()
+        y = chain_training.train(run, flat.contiguous(), parameters)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], plan.outputs)
+
+    def _may_run(self, dtype: torch.dtype) -> bool:
+        """Whether kernels for layers with these masks exist, and none is so sparse or large that they would be slow."""
         if ops.backend_of("sparse_chain", "cpu") == "reference" or dtype not in FLOATS:
+            return False
+        nnz, weights = sum(m.nnz for m in self.layers), sum(math.prod(m.weight_shape) for m in self.layers)
+        if not all(m.nnz for m in self.layers) or nnz > LARGEST or weights > SPARSEST * LARGEST:
+            return False
+        return all(a.out_features == b.in_features for a, b in pairwise(self.layers))
+
+    def _index(self, layer: SparseLinear) -> list[Tensor]:
+        """Six tensors, also where no single layer needs them."""
+        return layer._pattern.tensors or ops.implementation("sparse_tensors", "cpu")(layer.weight_mask)
+
+    def _training_run(self, patterns: list[Pattern], dtype: torch.dtype) -> chain_training.Run | None:
+        if not self._may_run(dtype):
+            return None
+        from initperf.kernels.cpu.chain_training import TrainingPlan
+
+        shapes = [(m.out_features, m.in_features) for m in self.layers]
+        nnz, indices = [p.nnz for p in patterns], [self._index(m) for m in self.layers]
+        plan = TrainingPlan(list(zip(shapes, nnz, indices, self.relus, strict=True)), dtype)
+        return chain_training.Run(plan, shapes, self.relus, [m.weight_mask_bits for m in self.layers], patterns)
+
+    def _inference_plan(self) -> Any:
+        dtype = self.layers[0].weight_values.dtype
+        if not self._may_run(dtype):
             return None
         found = []
         for layer, relu in zip(self.layers, self.relus, strict=True):
-            values, bias, pattern = layer.weight_values, layer.bias, layer._pattern
+            values, bias = layer.weight_values, layer.bias
             tensors = [values] if bias is None else [values, bias]
             if not all(t.is_cpu and t.dtype == dtype and t.is_contiguous() for t in tensors):
                 return None
-            if not values.numel() or values.numel() != pattern.nnz:
+            if values.numel() != layer._pattern.nnz:
                 return None
             if bias is not None and bias.shape != (layer.out_features,):
                 return None
-            mask = layer.weight_mask
-            index = pattern.tensors or ops.implementation("sparse_tensors", "cpu")(mask)
-            found.append((values.detach(), None if bias is None else bias.detach(), mask, index[:3], relu))
-        if sum(values.numel() for values, *_ in found) > LARGEST:
-            return None
-        if sum(mask.numel() for _, _, mask, *_ in found) > SPARSEST * LARGEST:
-            return None
-        if any(a.out_features != b.in_features for a, b in pairwise(self.layers)):
-            return None
+            own = None if bias is None else bias.detach()
+            found.append((values.detach(), own, layer.weight_mask, self._index(layer)[:3], relu))
         from initperf.kernels.cpu.chain import Plan
 
         return Plan(found)
+
+
+def _flat(x: Tensor, plan: Any) -> Tensor:
+    """x as (B, inputs); an error where the first layer would raise one."""
+    check_input(x, plan.inputs, plan.dtype, True)
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), plan.inputs)

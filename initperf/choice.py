@@ -42,6 +42,9 @@ WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)  # of a layer; the last 
 MOST = 0.95  # density from which no index is built (initperf/pattern.py)
 # By ROWS: density below which layers run as one call, where single ones may run dense.
 CHAINS = (0.95, 0.5, 0.7, 0.7, 0.9)
+# Likewise in training; survivors up to which they do; and beyond which product of rows and weights their activations leave the caches.
+TRAINING_CHAINS, TRAINING_SURVIVORS = (0.95, 0.95, 0.6, 0.7, 0.75), (1 << 15, 1 << 15, 1 << 17, 1 << 17, 1 << 18)
+TRAINING_LARGEST = 1 << 30
 # By ROWS and the last three of WEIGHTS: density below which survivors in the kernels' order win in inference.
 KEPT = {
     "masked": ((0, 0.33, 0.95), (0, 0.2, 0.5), (0.1, 0.6, 0.85), (0.5, 0.95, 0.95), (0.5, 0.95, 0.95)),
@@ -98,6 +101,26 @@ def chain_pays(rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
         return sparse_pays("sparse_linear", rows, (weights, 1), nnz, dtype, "cpu")
     i, x = _between(ROWS, rows)
     return nnz < weights * ((1 - x) * CHAINS[i] + x * CHAINS[i + 1])
+
+
+def chain_trains(rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
+    """Whether a training step of compressed layers of so many weights together runs as two calls, and not layer by layer."""
+    if _mode != "auto":
+        return _mode == "sparse"
+    if rows * weights > TRAINING_LARGEST:
+        return False
+    density, survivors = _training_chain(rows, torch.get_num_threads())
+    return nnz < weights * density and nnz <= survivors
+
+
+@lru_cache(maxsize=4096)
+def _training_chain(rows: int, threads: int) -> tuple[float, float]:
+    """Limits of density and survivors. A part of the batch, 64 rows, is one thread's: more threads than that have more to do by layer (predicted)."""
+    i, x = _between(ROWS, rows)
+    survivors = TRAINING_SURVIVORS[i] ** (1 - x) * TRAINING_SURVIVORS[i + 1] ** x
+    if threads > max(2, -(-rows // 64)):
+        survivors = min(survivors, TRAINING_SURVIVORS[0])
+    return (1 - x) * TRAINING_CHAINS[i] + x * TRAINING_CHAINS[i + 1], survivors
 
 
 def kept_pays(storage: str, rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:

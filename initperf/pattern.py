@@ -37,7 +37,7 @@ class Pattern:
     masked: tuple[str, str] = ("masked_grad_weight", "mkl")  # what is counted where torch's own gradient is masked
 
     def __init__(self, source: Tensor, content: Tensor) -> None:
-        self._source, self._version, self._content = source, _version(source), content
+        self._source, self._version, self._content = source, version_of(source), content
 
     def _index(self, op: str, mask: Tensor) -> None:
         self.nnz = 0 if mask.is_meta else int(torch.count_nonzero(mask))
@@ -54,7 +54,7 @@ class Pattern:
         """
         if source is not self._source:
             return False
-        version = _version(source)
+        version = version_of(source)
         if version != self._version and not source.is_meta and torch.equal(self._packed(source), self._content):
             self._version = version
         return version == self._version
@@ -122,7 +122,7 @@ class Pattern:
 
     def _kernel_for(self, gradient: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """What masks it in place; None if nothing may."""
-        if self.mask is not self._source or _version(self.mask) != self._version:
+        if self.mask is not self._source or version_of(self.mask) != self._version:
             self.unchanged_mask()  # or an error
         _CALLS[self.masked] += 1
         return _kernel() if direct.writable(gradient) else None
@@ -189,5 +189,6 @@ def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     return unpacked(bits)[:size].view(*shape)
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was written, as torch counts it; -1 for inference tensors, which do not count."""
     return -1 if tensor.is_inference() else tensor._version

@@ -120,6 +120,17 @@ sparse_grad_values = ops.define(
 )
 
 
+def input_gradient(dy: Tensor, values: Tensor, bits: Tensor, pattern: list[Tensor], columns: int) -> Tensor:
+    """dx, as a backward pass computes it: with gradients of its own under create_graph, and of many dy at once."""
+    return direct.backward(sparse_grad_input, _sparse_grad_input, dy, values, bits, columns, pattern)
+
+
+def values_gradient(dy: Tensor, x: Tensor, values: Tensor, bits: Tensor, pattern: list[Tensor]) -> Tensor:
+    """The gradient of the values, likewise."""
+    args = dy, x, bits, values.shape[0], pattern
+    return direct.backward(sparse_grad_values, _sparse_grad_values, *args, reference=_reference_grad_values)
+
+
 class _Linear(torch.autograd.Function):
     """The pattern is a list, which autograd passes on unseen: six tensors less to wrap in every call."""
 
@@ -139,10 +150,8 @@ class _Linear(torch.autograd.Function):
             dx = _sparse_grad_input(dy, values, bits, x.shape[1], pattern) if needs_x else None
             dv = _sparse_grad_values(dy, x, bits, values.shape[0], pattern) if needs_values else None
             return dx, dv, db, None, None, None
-        products = (sparse_grad_input, _sparse_grad_input), (sparse_grad_values, _sparse_grad_values)
-        dx = direct.backward(*products[0], dy, values, bits, x.shape[1], pattern) if needs_x else None
-        args = (dy, x, bits, values.shape[0], pattern)
-        dv = direct.backward(*products[1], *args, reference=_reference_grad_values) if needs_values else None
+        dx = input_gradient(dy, values, bits, pattern, x.shape[1]) if needs_x else None
+        dv = values_gradient(dy, x, values, bits, pattern) if needs_values else None
         return dx, dv, db, None, None, None
 
 

@@ -447,16 +447,17 @@ def test_a_mask_rewritten_with_the_same_content_before_the_backward_pass(layer):
 @pytest.mark.parametrize("rows", [4, 40])
 @pytest.mark.parametrize("unpack", [torch.Tensor.bfloat16, lambda t: t.t().contiguous().t()])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_saved_tensors_that_come_back_otherwise(layer, rows, unpack, compressed):
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_saved_tensors_that_come_back_otherwise(layer, rows, unpack, compressed, mode):
     layer = SparseLinear.from_masked(layer) if compressed else layer
     x, results = torch.randn(rows, 400, requires_grad=True), []
     parameter = layer.weight_values if compressed else layer.weight
     for hook in (lambda t: t, unpack):
         change = lambda t, hook=hook: hook(t) if t.is_floating_point() else t  # noqa: E731
-        with prefer("dense"), torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+        with prefer(mode), torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
             y = layer(x).square().sum()
         try:
-            with prefer("dense"):
+            with prefer(mode):
                 results.append(torch.autograd.grad(y, (x, parameter)))
         except (RuntimeError, TypeError):  # of another dtype: torch's own layer raises too
             assert unpack is torch.Tensor.bfloat16

@@ -6,8 +6,6 @@ the slices of kernels/cpu/slices.py, with more in the units of kernels/cpu/patte
 that copy with the values (versions do not know of writes through `.data`): where they differ nothing is computed, and the
 plan is made anew. A plan whose copy is made never changes but by gaining an order, so threads may share it. Sums have one
 fixed order: the bits do not depend on threads.
-
-A plan is int64 (layers, FIELDS): sizes, addresses and flags; the Plan owns the memory behind it.
 """
 
 from __future__ import annotations
@@ -19,24 +17,36 @@ import torch
 from numba import carray, int64, prange, uint8
 from torch import Tensor
 
+from .chain_layers import (
+    BIAS,
+    BYTES,
+    FIELDS,
+    INPUTS,
+    NNZ,
+    OTHERS,
+    OUTPUTS,
+    RECORDS,
+    RELU,
+    VALUES,
+    describe,
+    layer_forward,
+    order_units,
+    rows_of,
+)
 from .few_rows import FEW
 from .jit import jit, threads
 from .lookup_ir import REGISTER_COLUMNS
 from .memory import working_memory
-from .pattern import BLOCK, WIDE_BLOCK
 from .products import SERIAL, widths_of
 from .slices import multiply_slices, slices_of
-from .spmm_ir import LANES, ROWS, compute_pointer, load, multiply_unit, shifted, storage_pointer, store
-from .survivors import KINDS, PLACES, SLACK, STARTS, begin_rows, fetch
-from .tiles import ZERO, pack, start_sums, unpack
+from .spmm_ir import LANES, ROWS, compute_pointer, load, shifted, storage_pointer, store
+from .survivors import KINDS, PLACES, SLACK
+from .tiles import ZERO, pack, unpack
 from .vector import full_vectors, pointer
 
-FIELDS = 23
-_OUTPUTS, _INPUTS, _NNZ, _VALUES, _COPY, _BIAS, _RELU = range(7)
-_BLOCKS, _SLICES, _STEPS, _SLICE_COLUMNS, _SLICE_VALUES, _SOURCE, _POSITIONS, _SLOTS = range(7, 15)
-_PANELS, _UNIT_BLOCKS, _PER_PANEL, _UNITS, _UNIT_COLUMNS, _UNIT_VALUES, _STARTS, _READY = range(15, FIELDS)
+_COPY, _BLOCKS, _SLICES, _STEPS, _SLICE_COLUMNS, _SLICE_VALUES, _SOURCE, _POSITIONS, _SLOTS = range(OTHERS, OTHERS + 9)
+_UNIT_VALUES, _READY = range(OTHERS + 9, OTHERS + 11)
 _IN_SLICES, _IN_UNITS = 1, 2  # bits of _READY
-_BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 _WIDE = (0,)  # registers for 128 columns
 
 
@@ -66,7 +76,7 @@ def _is_current(itemsize, plan, form):
     """Whether the values are those of the copies, and in the order of `form`."""
     for i in range(plan.shape[0]):
         layer = plan[i]
-        if not layer[_READY] & form or _differs_anywhere(layer[_VALUES], layer[_COPY], layer[_NNZ] * itemsize):
+        if not layer[_READY] & form or _differs_anywhere(layer[VALUES], layer[_COPY], layer[NNZ] * itemsize):
             return False
     return True
 
@@ -83,55 +93,40 @@ def _fill_slices(kind, layer):
 
 
 @jit()
-def _fill_units(kind, layer, cursor):
-    """The values of the copy in the order of the units."""
-    panels, blocks, per_panel = layer[_PANELS], layer[_UNIT_BLOCKS], layer[_PER_PANEL]
-    panel = per_panel * ROWS
-    units, columns = storage_pointer(layer[_UNITS], _RECORDS), storage_pointer(layer[_UNIT_COLUMNS], _BYTES)
-    out = compute_pointer(layer[_UNIT_VALUES], kind)
-    source = (layer[_COPY], layer[_STARTS], layer[_NNZ], 0)
-    for p in range(panels):
-        begin_rows(source, p * panel, min(layer[_OUTPUTS] - p * panel, panel), cursor)
-        for kb in range(blocks):
-            records = shifted(units, (p * blocks + kb) * per_panel * 4)
-            fetch(source, kind, records, per_panel, columns, p * panel, kb, cursor, shifted(out, np.int64(records[3])))
-
-
-@jit()
 def _prepare(kind, plan_at, layers, form, cursor_at):
     """Bring the copies into the order of `form`."""
-    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    plan = rows_of(plan_at, layers)
     for i in range(layers):
         layer = plan[i]
         if not layer[_READY] & form:
             if form == _IN_SLICES:
                 _fill_slices(kind, layer)
             else:
-                _fill_units(kind, layer, storage_pointer(cursor_at, STARTS))
+                order_units(kind, layer, layer[_COPY], compute_pointer(layer[_UNIT_VALUES], kind), cursor_at)
             layer[_READY] |= form
 
 
 @jit()
 def _compare(itemsize, plan_at, layers):
     """Whether the values are still those of the copies."""
-    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    plan = rows_of(plan_at, layers)
     found = False
     for i in range(layers):
-        found |= _differs_anywhere(plan[i, _VALUES], plan[i, _COPY], plan[i, _NNZ] * itemsize)
+        found |= _differs_anywhere(plan[i, VALUES], plan[i, _COPY], plan[i, NNZ] * itemsize)
     return not found
 
 
 @jit()
 def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch):
     """One batch row after another. size: elements of each of the three buffers in `scratch`. False, and nothing done, if not current."""
-    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    plan = rows_of(plan_at, layers)
     if not _is_current(itemsize, plan, _IN_SLICES):
         return False
     block = len(wide) * REGISTER_COLUMNS
     source, out = storage_pointer(x_at, kind), storage_pointer(y_at, kind)
     buffer = compute_pointer(scratch, kind)
     partial = shifted(buffer, 2 * size)
-    inputs, outputs = plan[0, _INPUTS], plan[layers - 1, _OUTPUTS]
+    inputs, outputs = plan[0, INPUTS], plan[layers - 1, OUTPUTS]
     for b in range(rows):
         for k in range(inputs):
             store(buffer, k, load(source, b * inputs + k))
@@ -139,11 +134,11 @@ def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch)
             store(buffer, k, ZERO)
         for i in range(layers):
             layer = plan[i]
-            N, blocks, slices = layer[_OUTPUTS], layer[_BLOCKS], layer[_SLICES]
+            N, blocks, slices = layer[OUTPUTS], layer[_BLOCKS], layer[_SLICES]
             x, y = shifted(buffer, i % 2 * size), shifted(buffer, (i + 1) % 2 * size)
-            steps, positions = storage_pointer(layer[_STEPS], _RECORDS), storage_pointer(layer[_POSITIONS], _RECORDS)
-            columns = storage_pointer(layer[_SLICE_COLUMNS], _BYTES)
-            values, bias = compute_pointer(layer[_SLICE_VALUES], kind), storage_pointer(layer[_BIAS], kind)
+            steps, positions = storage_pointer(layer[_STEPS], RECORDS), storage_pointer(layer[_POSITIONS], RECORDS)
+            columns = storage_pointer(layer[_SLICE_COLUMNS], BYTES)
+            values, bias = compute_pointer(layer[_SLICE_VALUES], kind), storage_pointer(layer[BIAS], kind)
             slot = np.int64(0)
             for kb in range(blocks):
                 here = shifted(steps, kb * slices)
@@ -154,10 +149,10 @@ def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch)
                 for s in range(slices):
                     slot += LANES * np.int64(here[s])
             for n in range(N):
-                total = load(bias, n) if layer[_BIAS] else ZERO
+                total = load(bias, n) if layer[BIAS] else ZERO
                 for kb in range(blocks):
                     total += load(partial, np.int64(positions[n * blocks + kb]))
-                if layer[_RELU] and total < ZERO:
+                if layer[RELU] and total < ZERO:
                     total = ZERO
                 store(y, n, total)
             if i + 1 < layers:
@@ -173,7 +168,7 @@ def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch)
 def _many(width, kind, plan, x_at, y_at, rows, parts, size, scratch):
     """Batch blocks parts[0]..parts[1] through all layers. size: elements of each of the two tiles in `scratch`."""
     layers, lanes = plan.shape[0], len(width) * LANES
-    inputs, outputs = plan[0, _INPUTS], plan[layers - 1, _OUTPUTS]
+    inputs, outputs = plan[0, INPUTS], plan[layers - 1, OUTPUTS]
     tiles = compute_pointer(scratch, kind)
     for part in range(parts[0], parts[1]):
         b = part * lanes
@@ -181,33 +176,8 @@ def _many(width, kind, plan, x_at, y_at, rows, parts, size, scratch):
         for i in range(layers):
             layer = plan[i]
             x_tile, y_tile = shifted(tiles, i % 2 * size), shifted(tiles, (i + 1) % 2 * size)
-            N, K, per_panel, blocks = layer[_OUTPUTS], layer[_INPUTS], layer[_PER_PANEL], layer[_UNIT_BLOCKS]
-            panel, padded = per_panel * ROWS, layer[_PANELS] * per_panel * ROWS
-            block = BLOCK if blocks == (K + BLOCK - 1) // BLOCK else WIDE_BLOCK
-            units, columns = storage_pointer(layer[_UNITS], _RECORDS), storage_pointer(layer[_UNIT_COLUMNS], _BYTES)
             values = compute_pointer(layer[_UNIT_VALUES], kind)
-            start_sums(width, storage_pointer(layer[_BIAS], kind), layer[_BIAS] != 0, N, padded, y_tile)
-            for kb in range(blocks):
-                x_block = shifted(x_tile, kb * block * lanes)
-                for p in range(layer[_PANELS]):
-                    records = shifted(units, (p * blocks + kb) * per_panel * 4)
-                    slot = np.int64(records[3])
-                    for u in range(per_panel):
-                        steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
-                        multiply_unit(
-                            width,
-                            shifted(columns, slot),
-                            shifted(values, slot),
-                            x_block,
-                            shifted(y_tile, p * panel * lanes),
-                            np.uint32(records[4 * u]),
-                            steps,
-                        )
-                        slot += ROWS * steps
-            if layer[_RELU]:
-                for j in range(N * lanes):
-                    value = load(y_tile, j)
-                    store(y_tile, j, ZERO if value < ZERO else value)
+            layer_forward(width, kind, layer, values, x_tile, y_tile)
         unpack(
             width,
             shifted(tiles, layers % 2 * size),
@@ -220,7 +190,7 @@ def _many(width, kind, plan, x_at, y_at, rows, parts, size, scratch):
 
 @jit()
 def _many_serial(itemsize, width, kind, plan_at, layers, x_at, y_at, rows, parts, size, scratch):
-    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    plan = rows_of(plan_at, layers)
     if not _is_current(itemsize, plan, _IN_UNITS):
         return False
     _many(width, kind, plan, x_at, y_at, rows, (0, parts), size, scratch)
@@ -229,7 +199,7 @@ def _many_serial(itemsize, width, kind, plan_at, layers, x_at, y_at, rows, parts
 
 @jit(parallel=True)
 def _many_parallel(workers, bytes_each, itemsize, width, kind, plan_at, layers, x_at, y_at, rows, parts, size, scratch):
-    plan = carray(pointer(np.uintp(plan_at), int64), (layers, FIELDS))
+    plan = rows_of(plan_at, layers)
     if not _is_current(itemsize, plan, _IN_UNITS):
         return False
     for t in prange(workers):
@@ -261,7 +231,7 @@ class Plan:
         self.itemsize, self.bytes = self.dtype.itemsize, compute.itemsize
         few, tile, rows = 0, self.inputs, 0
         for fields, of_slices, (values, bias, mask, index, relu) in zip(self.fields, self.slices, layers, strict=True):
-            (N, K), (panels, unit_blocks, per_panel, _) = mask.shape, index[0].shape
+            (N, K), (panels, _, per_panel, _) = mask.shape, index[0].shape
             steps, _, _, source = of_slices
             blocks, slices_ = steps.shape
             few = max(few, blocks * REGISTER_COLUMNS, N, blocks * slices_ * LANES)
@@ -271,12 +241,12 @@ class Plan:
             in_units = torch.empty(index[1].numel() + SLACK, dtype=compute)
             own = [in_slices, in_units, values.clone()]
             self.kept += own
-            at = [t.data_ptr() for t in (*of_slices, *own, *index)]
-            fields[:] = torch.tensor(
-                [N, K, values.numel(), values.data_ptr(), at[6], 0 if bias is None else bias.data_ptr(), relu]
-                + [blocks, slices_, at[0], at[2], at[4], at[3], at[1], source.numel()]
-                + [panels, unit_blocks, per_panel, at[7], at[8], at[5], at[9], 0]
+            at = [t.data_ptr() for t in (*of_slices, *own)]
+            shared = describe(
+                N, K, values.numel(), values.data_ptr(), 0 if bias is None else bias.data_ptr(), relu, index
             )
+            here = [at[6], blocks, slices_, at[0], at[2], at[4], at[3], at[1], source.numel(), at[5], 0]
+            fields[: OTHERS + len(here)] = torch.tensor(shared + here)
         self.few, self.tile, self.rows = -(-few // LANES) * LANES, tile, rows
         self.address, self.layers, self.kind = self.fields.data_ptr(), len(layers), KINDS[self.dtype]
 

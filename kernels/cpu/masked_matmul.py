@@ -8,18 +8,20 @@ from torch import Tensor
 from . import dense
 from .masking import zero_pruned
 from .memory import gradient_memory
-from .products import correlate, multiply
+from .products import check_alike, correlate, multiply
 
 
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool
 ) -> Tensor:
     """See initperf/reference/masked_matmul.py."""
+    check_alike(x, weight)
     return multiply(x, (weight.data_ptr(), *weight.stride()), weight.shape[0], bias, pattern[0], pattern[1])
 
 
 def masked_grad_input(dy: Tensor, weight: Tensor, mask: Tensor, pattern: list[Tensor], premasked: bool) -> Tensor:
     """See initperf/reference/masked_matmul.py."""
+    check_alike(dy, weight)
     transposed = weight.t()
     return multiply(dy, (weight.data_ptr(), *transposed.stride()), weight.shape[1], None, pattern[2], pattern[3])
 

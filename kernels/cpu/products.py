@@ -355,6 +355,14 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if 1 in tensor.stride() else tensor.contiguous()
 
 
+def check_alike(a: Tensor, b: Tensor) -> None:
+    """Raise unless both are on the CPU and of one dtype: kernels get addresses, which do not tell."""
+    if not (a.dtype is b.dtype and a.is_cpu and b.is_cpu):
+        raise TypeError(
+            f"Expected operands of one dtype on the CPU. Got {a.dtype} on {a.device}, {b.dtype} on {b.device}."
+        )
+
+
 def multiply(
     x: Tensor, source: tuple[int, ...], rows: int, bias: Tensor | None, units: Tensor, columns: Tensor
 ) -> Tensor:
@@ -406,6 +414,7 @@ def in_order(source: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype
 
 def correlate(dy: Tensor, x: Tensor, target: tuple[int, ...], units: Tensor, columns: Tensor) -> None:
     """dy (B, N) transposed times x (B, K) at the survivors of the index, written to `target` (survivors.py); B > 0."""
+    check_alike(dy, x)
     (B, N), K = dy.shape, x.shape[1]
     dy, x = _readable(dy), _readable(x)
     sizes = (B, N, K)

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import dense
 from .jit import jit, threads
 from .memory import gradient_memory
-from .products import correlate, multiply
+from .products import check_alike, correlate, multiply
 from .sparse_pattern import sparse_tensors as sparse_tensors
 from .vector import expand_line, full_vectors, population
 
@@ -22,12 +22,14 @@ def sparse_linear(
     x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int, pattern: list[Tensor]
 ) -> Tensor:
     """See initperf/reference/sparse_linear.py."""
+    check_alike(x, values)
     units, columns, starts = pattern[:3]
     return multiply(x, (values.data_ptr(), starts.data_ptr(), values.numel(), 0), rows, bias, units, columns)
 
 
 def sparse_grad_input(dy: Tensor, values: Tensor, bits: Tensor, columns: int, pattern: list[Tensor]) -> Tensor:
     """See initperf/reference/sparse_linear.py."""
+    check_alike(dy, values)
     units, numbers, places = pattern[3:]
     return multiply(dy, (values.data_ptr(), places.data_ptr()), columns, None, units, numbers)
 

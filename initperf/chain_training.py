@@ -1,0 +1,112 @@
+"""A run of small compressed layers in training: one autograd.Function for all of them, with its backward written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from initperf import direct, ops, sparse_ops
+from initperf.checks import InitPerfRuntimeError, fail
+from initperf.pattern import Pattern, version_of
+
+Parameters = Sequence[Tensor | None]  # values and bias or None, layer by layer
+TRAINING = "numba-training"  # as what its calls are counted
+
+
+class Run(NamedTuple):
+    """What the layers are, but for their parameters."""
+
+    plan: Any  # kernels/cpu/chain_training.py
+    shapes: list[tuple[int, int]]
+    relus: list[bool]
+    bits: list[Tensor]
+    patterns: list[Pattern]
+
+
+def fits(run: Run, parameters: Parameters) -> bool:
+    """Whether the kernels may be handed the memory of these parameters."""
+    dtype = run.plan.dtype
+    for (N, _), pattern, values, bias in zip(run.shapes, run.patterns, parameters[::2], parameters[1::2], strict=True):
+        if values is None or not _is_memory(values, dtype) or values.shape != (pattern.nnz, 1):
+            return False
+        if bias is not None and not (_is_memory(bias, dtype) and bias.shape == (N,)):
+            return False
+    return True
+
+
+def _is_memory(tensor: Tensor, dtype: torch.dtype) -> bool:
+    plain = type(tensor) is nn.Parameter or type(tensor) is Tensor
+    return plain and tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous()
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, x, *parameters):
+        y, tiles = run.plan.forward(x, parameters)
+        ctx.save_for_backward(x, tiles, *parameters[::2], *run.bits)
+        ctx.run, ctx.biases = run, parameters[1::2]  # not saved: they may change before the backward pass, as torch's
+        ctx.versions = [0 if bias is None else version_of(bias) for bias in ctx.biases]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        run, needs = ctx.run, ctx.needs_input_grad[1:]
+        x, tiles, *saved = ctx.saved_tensors
+        layers = len(run.shapes)
+        values, bits = saved[:layers], saved[layers:]
+        dtype = run.plan.dtype
+        if not (
+            direct.writable(dy)
+            and dy.dtype is dtype
+            and tiles.is_cpu
+            and tiles.dtype is run.plan.compute
+            and tiles.is_contiguous()
+            and all(v.is_cpu and v.dtype is dtype and v.is_contiguous() for v in values)  # hooks may have changed them
+        ):
+            return None, *_by_layers(ctx, run, x, values, bits, dy, needs)
+        ops.CALLS["sparse_chain_backward", TRAINING] += 1
+        dx, gradients = run.plan.backward(dy.contiguous(), tiles, values, needs[0], needs[1:])
+        return None, dx, *gradients
+
+
+def _by_layers(
+    ctx: Any, run: Run, x: Tensor, values: list[Tensor], bits: list[Tensor], dy: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients by ops that have gradients themselves, of activations that are computed again."""
+    if any(bias is not None and version_of(bias) != v for bias, v in zip(ctx.biases, ctx.versions, strict=True)):
+        fail("the biases of the forward pass", "ones that were changed in between", kind=InitPerfRuntimeError)
+    entering = [x]
+    for value, bias, bit, (N, _), pattern, relu in zip(
+        values, ctx.biases, bits, run.shapes, run.patterns, run.relus, strict=True
+    ):
+        h = sparse_ops.sparse_linear(entering[-1], value, bias, bit, N, pattern.tensors)
+        entering.append(h.relu() if relu else h)
+    gradients: list[Tensor | None] = [None] * len(needs)
+    for i in reversed(range(len(values))):
+        if run.relus[i]:
+            dy = torch.ops.aten.threshold_backward(dy, entering[i + 1], 0)
+        needs_values, needs_bias = needs[1 + 2 * i : 3 + 2 * i]
+        args = values[i], bits[i], run.patterns[i].tensors
+        if needs_bias:
+            gradients[2 + 2 * i] = dy.sum(0)
+        if needs_values:
+            gradients[1 + 2 * i] = sparse_ops.values_gradient(dy, entering[i], *args)
+        if not any(needs[: 1 + 2 * i]):
+            break
+        dy = sparse_ops.input_gradient(dy, *args, run.shapes[i][1])
+    else:
+        gradients[0] = dy
+    return gradients
+
+
+_apply: Any = super(torch.autograd.Function, _Chain).apply  # where no transform of torch.func is at work
+
+
+def train(run: Run, x: Tensor, parameters: Parameters) -> Tensor:
+    """What the layers make of a contiguous x (B, inputs), B > 0, of their dtype, for parameters that fit."""
+    ops.CALLS["sparse_chain", TRAINING] += 1
+    y: Tensor = _apply(run, x, *parameters)
+    return y
