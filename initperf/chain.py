@@ -24,8 +24,9 @@ TRIES = 10
 SPARSEST = 64  # weights for one survivor: rows and column blocks without any take time, too
 SKIPPED = (nn.Identity, nn.Dropout)  # the latter in evaluation
 Part = Callable[[Tensor], Tensor]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_EVERYWHERE = [getattr(torch_modules, "_global" + hooks) for hooks in _HOOKS]
+# Hooks of every module: one dict each, written in place.
+_FORWARD, _FORWARD_PRE = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
+_BACKWARD, _BACKWARD_PRE = torch_modules._global_backward_hooks, torch_modules._global_backward_pre_hooks
 ops.register("sparse_chain", "chain")
 
 
@@ -108,11 +109,13 @@ class _Parts(NamedTuple):
 
     def observed(self) -> bool:
         """Whether something must see the children called: hooks, a forward of their own, dropout at work."""
-        if any(hooks for hooks in _EVERYWHERE):
+        if _FORWARD or _FORWARD_PRE or _BACKWARD or _BACKWARD_PRE:
             return True
         for module in self.in_runs:
             state = module.__dict__
-            if any(state[hooks] for hooks in _HOOKS) or "forward" in state:
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                return True
+            if state["_backward_hooks"] or state["_backward_pre_hooks"]:
                 return True
             if state["training"] and type(module) is nn.Dropout:
                 return True
@@ -166,12 +169,14 @@ class _Run:
             parameters += found["weight_values"], found["bias"]
         if patterns != self.plans.patterns:
             self.plans = _Plans(patterns)
-        if torch.is_grad_enabled() and (x.requires_grad or any(p is not None and p.requires_grad for p in parameters)):
-            return self._train(x, self.plans, parameters)
+        if torch.is_grad_enabled():
+            for p in (x, *parameters):
+                if p is not None and p.requires_grad:
+                    return self._train(x, self.plans, parameters)
         return self._infer(x, self.plans, parameters)
 
     def _infer(self, x: Tensor, plans: _Plans, parameters: Parameters) -> Tensor | None:
-        seen = [what for p in parameters for what in ((0, None) if p is None else (p.data_ptr(), p.dtype))]
+        seen = [None if p is None else p.data_ptr() for p in parameters], [p.dtype for p in parameters if p is not None]
         known, plan = plans.inference
         if seen != known:
             plan = self._inference_plan()
@@ -183,7 +188,7 @@ class _Run:
         rows = flat.shape[0]
         if not rows or not choice.chain_pays(rows, plan.weights, plan.nnz, plan.dtype):
             return None
-        flat, y = flat.contiguous(), torch.empty(rows, plan.outputs, dtype=plan.dtype)
+        flat, y = flat.contiguous(), x.new_empty(rows, plan.outputs)
         for _ in range(TRIES):
             if plan(flat, y):
                 break
@@ -235,7 +240,9 @@ class _Run:
         shapes = [(m.out_features, m.in_features) for m in self.layers]
         nnz, indices = [p.nnz for p in patterns], [self._index(m) for m in self.layers]
         plan = TrainingPlan(list(zip(shapes, nnz, indices, self.relus, strict=True)), dtype)
-        return chain_training.Run(plan, shapes, self.relus, [m.weight_mask_bits for m in self.layers], patterns)
+        parameters = [size for n, (N, _) in zip(nnz, shapes, strict=True) for size in ((n, 1), (N,))]
+        bits = [m.weight_mask_bits for m in self.layers]
+        return chain_training.Run(plan, shapes, parameters, self.relus, bits, patterns)
 
     def _inference_plan(self) -> Any:
         dtype = self.layers[0].weight_values.dtype

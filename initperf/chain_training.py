@@ -20,33 +20,36 @@ class Run(NamedTuple):
     """What the layers are, but for their parameters."""
 
     plan: Any  # kernels/cpu/chain_training.py
-    shapes: list[tuple[int, int]]
+    shapes: list[tuple[int, int]]  # of the weights
+    parameters: list[tuple[int, ...]]  # shapes of values and bias, layer by layer
     relus: list[bool]
     bits: list[Tensor]
     patterns: list[Pattern]
 
 
 def fits(run: Run, parameters: Parameters) -> bool:
-    """Whether the kernels may be handed the memory of these parameters."""
+    """Whether the kernels may be handed the memory of these parameters, the values and biases (or None) of all layers."""
     dtype = run.plan.dtype
-    for (N, _), pattern, values, bias in zip(run.shapes, run.patterns, parameters[::2], parameters[1::2], strict=True):
-        if values is None or not _is_memory(values, dtype) or values.shape != (pattern.nnz, 1):
-            return False
-        if bias is not None and not (_is_memory(bias, dtype) and bias.shape == (N,)):
+    for p, shape in zip(parameters, run.parameters, strict=True):
+        if p is None:
+            continue
+        kind = type(p)
+        if not (
+            (kind is nn.Parameter or kind is Tensor)
+            and p.dtype is dtype
+            and p.shape == shape
+            and p.is_contiguous()
+            and p.is_cpu
+        ):
             return False
     return True
-
-
-def _is_memory(tensor: Tensor, dtype: torch.dtype) -> bool:
-    plain = type(tensor) is nn.Parameter or type(tensor) is Tensor
-    return plain and tensor.is_cpu and tensor.dtype is dtype and tensor.is_contiguous()
 
 
 class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, x, *parameters):
         y, tiles = run.plan.forward(x, parameters)
-        ctx.save_for_backward(x, tiles, *parameters[::2], *run.bits)
+        ctx.save_for_backward(x, tiles, *parameters[::2])
         ctx.run, ctx.biases = run, parameters[1::2]  # not saved: they may change before the backward pass, as torch's
         ctx.versions = [0 if bias is None else version_of(bias) for bias in ctx.biases]
         return y
@@ -54,33 +57,38 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         run, needs = ctx.run, ctx.needs_input_grad[1:]
-        x, tiles, *saved = ctx.saved_tensors
-        layers = len(run.shapes)
-        values, bits = saved[:layers], saved[layers:]
-        dtype = run.plan.dtype
-        if not (
-            direct.writable(dy)
-            and dy.dtype is dtype
-            and tiles.is_cpu
-            and tiles.dtype is run.plan.compute
-            and tiles.is_contiguous()
-            and all(v.is_cpu and v.dtype is dtype and v.is_contiguous() for v in values)  # hooks may have changed them
-        ):
-            return None, *_by_layers(ctx, run, x, values, bits, dy, needs)
+        x, tiles, *values = ctx.saved_tensors
+        for pattern, bits in zip(run.patterns, run.bits, strict=True):
+            if not pattern.is_of(bits):
+                fail(
+                    "the mask of the forward pass in its backward pass",
+                    "one that was changed in between",
+                    kind=InitPerfRuntimeError,
+                )
+        if not (direct.writable(dy) and _as_saved(run.plan, dy, tiles, values)):
+            return None, *_by_layers(ctx, run, x, values, dy, needs)
         ops.CALLS["sparse_chain_backward", TRAINING] += 1
         dx, gradients = run.plan.backward(dy.contiguous(), tiles, values, needs[0], needs[1:])
         return None, dx, *gradients
 
 
+def _as_saved(plan: Any, dy: Tensor, tiles: Tensor, values: list[Tensor]) -> bool:
+    """Whether nothing has another dtype, device or stride now, as hooks of saved tensors could give it."""
+    dtype = plan.dtype
+    if not (dy.dtype is dtype and tiles.is_cpu and tiles.dtype is plan.compute and tiles.is_contiguous()):
+        return False
+    return all(value.is_cpu and value.dtype is dtype and value.is_contiguous() for value in values)
+
+
 def _by_layers(
-    ctx: Any, run: Run, x: Tensor, values: list[Tensor], bits: list[Tensor], dy: Tensor, needs: Sequence[bool]
+    ctx: Any, run: Run, x: Tensor, values: list[Tensor], dy: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients by ops that have gradients themselves, of activations that are computed again."""
     if any(bias is not None and version_of(bias) != v for bias, v in zip(ctx.biases, ctx.versions, strict=True)):
         fail("the biases of the forward pass", "ones that were changed in between", kind=InitPerfRuntimeError)
     entering = [x]
     for value, bias, bit, (N, _), pattern, relu in zip(
-        values, ctx.biases, bits, run.shapes, run.patterns, run.relus, strict=True
+        values, ctx.biases, run.bits, run.shapes, run.patterns, run.relus, strict=True
     ):
         h = sparse_ops.sparse_linear(entering[-1], value, bias, bit, N, pattern.tensors)
         entering.append(h.relu() if relu else h)
@@ -89,7 +97,7 @@ def _by_layers(
         if run.relus[i]:
             dy = torch.ops.aten.threshold_backward(dy, entering[i + 1], 0)
         needs_values, needs_bias = needs[1 + 2 * i : 3 + 2 * i]
-        args = values[i], bits[i], run.patterns[i].tensors
+        args = values[i], run.bits[i], run.patterns[i].tensors
         if needs_bias:
             gradients[2 + 2 * i] = dy.sum(0)
         if needs_values:

@@ -97,10 +97,19 @@ def chain_pays(rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
     """Whether compressed layers of so many weights together run as one call (initperf/chain.py), and not one by one."""
     if _mode != "auto":
         return _mode == "sparse"
-    if not _own_dense(dtype.itemsize):
+    limit = _chain_below(rows, dtype.itemsize)
+    if limit is None:
         return sparse_pays("sparse_linear", rows, (weights, 1), nnz, dtype, "cpu")
+    return nnz < weights * limit
+
+
+@lru_cache(maxsize=4096)
+def _chain_below(rows: int, itemsize: int) -> float | None:
+    """Density, where our own dense products are what a single layer could run."""
+    if not _own_dense(itemsize):
+        return None
     i, x = _between(ROWS, rows)
-    return nnz < weights * ((1 - x) * CHAINS[i] + x * CHAINS[i + 1])
+    return (1 - x) * CHAINS[i] + x * CHAINS[i + 1]
 
 
 def chain_trains(rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:

@@ -64,7 +64,7 @@ def sparsify(
     one number for all or {glob of weight names: number}, by magnitude.
     sparse: True makes compressed layers (SparseLinear, SparseConv2d), False masked ones, of masked and compressed ones too;
     None leaves those as they are stored, and makes dense ones masked.
-    An nn.Sequential that holds compressed linear layers becomes a SparseSequential, for inference.
+    An nn.Sequential that holds compressed linear layers becomes a SparseSequential, whose small layers run as one call.
     Parameters stay the same objects, so an optimizer without state keeps working; `optimizer`, or mask_optimizer_ before or
     after, brings one with state along.
     Raises, and changes nothing, for a name that is no such weight, a mask of wrong shape or dtype, a weight tied to another

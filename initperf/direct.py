@@ -16,6 +16,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _tracing_state = torch._C._get_tracing_state
 _function_transform = torch._C._functorch.peek_interpreter_stack
+_any_autocast = torch._C._is_any_autocast_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
 
 
@@ -30,7 +31,7 @@ def plain(x: Tensor) -> bool:
         and _function_transform() is None
         and _tracing_state() is None
         and _forward_ad._current_level < 0
-        and not _is_autocast_enabled("cpu" if on_cpu else "cuda")
+        and not (_any_autocast() and _is_autocast_enabled("cpu" if on_cpu else "cuda"))
         and not x.is_neg()
         and _has_memory(x)
     )

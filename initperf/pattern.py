@@ -54,6 +54,8 @@ class Pattern:
         """
         if source is not self._source:
             return False
+        if (seen := self._version) >= 0 and source._version == seen:  # the usual case, sooner told
+            return True
         version = version_of(source)
         if version != self._version and not source.is_meta and torch.equal(self._packed(source), self._content):
             self._version = version
@@ -122,7 +124,8 @@ class Pattern:
 
     def _kernel_for(self, gradient: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """What masks it in place; None if nothing may."""
-        if self.mask is not self._source or version_of(self.mask) != self._version:
+        mask, version = self.mask, self._version
+        if mask is not self._source or (version >= 0 and mask._version != version):
             self.unchanged_mask()  # or an error
         _CALLS[self.masked] += 1
         return _kernel() if direct.writable(gradient) else None

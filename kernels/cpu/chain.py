@@ -242,9 +242,8 @@ class Plan:
             own = [in_slices, in_units, values.clone()]
             self.kept += own
             at = [t.data_ptr() for t in (*of_slices, *own)]
-            shared = describe(
-                N, K, values.numel(), values.data_ptr(), 0 if bias is None else bias.data_ptr(), relu, index
-            )
+            addresses = [values.data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0]
+            shared = describe(N, K, values.numel(), relu, addresses, index)
             here = [at[6], blocks, slices_, at[0], at[2], at[4], at[3], at[1], source.numel(), at[5], 0]
             fields[: OTHERS + len(here)] = torch.tensor(shared + here)
         self.few, self.tile, self.rows = -(-few // LANES) * LANES, tile, rows

@@ -16,9 +16,10 @@ from .survivors import STARTS, begin_rows, fetch
 from .tiles import ZERO, start_sums
 from .vector import pointer
 
-OUTPUTS, INPUTS, NNZ, VALUES, BIAS, RELU = range(6)
-PANELS, UNIT_BLOCKS, PER_PANEL, UNITS, UNIT_COLUMNS, FIRST_SURVIVORS, UNIT_SLOTS = range(6, 13)  # the index
-OTHERS = 13  # where the fields begin that only inference, or only training, has
+OUTPUTS, INPUTS, NNZ, RELU = range(4)
+VALUES, BIAS, GRAD_VALUES, GRAD_BIAS = range(4, 8)  # addresses, 0 where there is none
+PANELS, UNIT_BLOCKS, PER_PANEL, UNITS, UNIT_COLUMNS, FIRST_SURVIVORS, UNIT_SLOTS = range(8, 15)  # the index
+OTHERS = 15  # where the fields begin that only inference, or only training, has
 FIELDS = 26
 BYTES, RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 
@@ -89,9 +90,8 @@ def layer_forward(width, kind, layer, values, x_tile, y_tile):
             store(y_tile, j, ZERO if value < ZERO else value)
 
 
-def describe(outputs: int, inputs: int, nnz: int, values: int, bias: int, relu: bool, index: list[Tensor]) -> list[int]:
-    """The fields that every chain has: of addresses, and an index [units, columns, starts] (kernels/cpu/sparse_pattern.py)."""
+def describe(outputs: int, inputs: int, nnz: int, relu: bool, at: list[int], index: list[Tensor]) -> list[int]:
+    """The fields that every chain has. at: the four addresses; index: [units, columns, starts] (kernels/cpu/sparse_pattern.py)."""
     units, columns, starts = index[:3]
-    panels, blocks, quads, _ = units.shape
     where = [units.data_ptr(), columns.data_ptr(), starts.data_ptr(), columns.numel()]
-    return [outputs, inputs, nnz, values, bias, int(relu), panels, blocks, quads, *where]
+    return [outputs, inputs, nnz, int(relu), *at, *units.shape[:3], *where]

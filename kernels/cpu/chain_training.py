@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from .chain_layers import (
     BYTES,
     FIELDS,
     FIRST_SURVIVORS,
+    GRAD_BIAS,
+    GRAD_VALUES,
     INPUTS,
     NNZ,
     OTHERS,
@@ -51,9 +54,6 @@ from .vector import pointer
 # The transposed index, where a layer's tiles begin in a part's (in lines), and likewise those of their gradients.
 _PANELS_T, _BLOCKS_T, _PER_PANEL_T, _UNITS_T, _COLUMNS_T, _PLACES_T, _SLOTS_T = range(OTHERS, OTHERS + 7)
 _IN, _OUT, _GRAD_IN, _GRAD_OUT = range(OTHERS + 7, OTHERS + 11)
-_WANTED, _WANTED_BIAS = range(
-    OTHERS + 11, OTHERS + 13
-)  # addresses of the gradients of values and bias, 0 if not wanted
 _CURSOR = 8 * PANEL  # bytes
 SERIAL = 1 << 20  # multiply-adds below which a second thread costs more than it saves
 _ONE = np.float32(1)
@@ -225,15 +225,15 @@ def _gradients_share(width, kind, plan, owners, me, parts, sizes, tiles_at, grad
     flat = 0
     for i in range(plan.shape[0]):
         layer = plan[i]
-        target = layer[_WANTED], layer[FIRST_SURVIVORS], layer[NNZ], np.int64(0)
+        target = layer[GRAD_VALUES], layer[FIRST_SURVIVORS], layer[NNZ], np.int64(0)
         for p in range(layer[PANELS]):
             if owners[flat] == me:
-                if layer[_WANTED]:
+                if layer[GRAD_VALUES]:
                     _panel_gradient(
                         width, kind, layer, p, target, parts, lines, gradient_lines, tiles, gradients, scratch
                     )
-                if layer[_WANTED_BIAS]:
-                    _panel_bias(width, kind, layer, p, layer[_WANTED_BIAS], parts, gradient_lines, gradients, scratch)
+                if layer[GRAD_BIAS]:
+                    _panel_bias(width, kind, layer, p, layer[GRAD_BIAS], parts, gradient_lines, gradients, scratch)
             flat += 1
 
 
@@ -314,13 +314,14 @@ class TrainingPlan:
         entering = np.cumsum([0, self.inputs, *padded])  # where tiles begin: of x, then of what each layer leaves
         gradients = np.cumsum([0, *(max(a, b) for a, b in zip(padded, [*padded_t[1:], 0], strict=True))])
         self.lines, self.gradient_lines, self.lines_of_x = int(entering[-1]), int(gradients[-1]), padded_t[0]
+        self.rows = [N for (N, _), *_ in layers]
         self.fields = np.zeros((len(layers), FIELDS), np.int64)
         self.panels: list[int] = []  # their slots
         for i, ((N, K), nnz, index, relu) in enumerate(layers):
             units, columns, _, across, their_columns, places = index
             other = [*across.shape[:3], across.data_ptr(), their_columns.data_ptr(), places.data_ptr(), places.numel()]
             tiles = [entering[i], entering[i + 1], gradients[i - 1], gradients[i]]
-            self.fields[i, :_WANTED] = [*describe(N, K, nnz, 0, 0, relu, index), *other, *tiles]
+            self.fields[i] = [*describe(N, K, nnz, relu, [0] * 4, index), *other, *tiles]
             begins = [*units[:, 0, 0, 3].tolist(), columns.numel()]
             self.panels += [b - a for a, b in pairwise(begins)]
         self.slots, self.descending = sum(self.panels), [index[4].numel() for index in self.indices]
@@ -339,10 +340,10 @@ class TrainingPlan:
             self._owners[workers] = found
         return found
 
-    def _with(self, first: int, addresses: list[int]) -> np.ndarray:
-        """The fields of all layers, of which two, from `first` on, are these addresses."""
+    def _at(self, addresses: list[int]) -> np.ndarray:
+        """The fields of all layers with these addresses, four each."""
         fields = self.fields.copy()
-        fields[:, first : first + 2] = np.array(addresses).reshape(-1, 2)
+        fields[:, VALUES : VALUES + 4] = np.array(addresses).reshape(-1, 4)
         return fields
 
     def forward(self, x: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -354,8 +355,10 @@ class TrainingPlan:
         width = lanes_of(rows)
         lanes = len(width) * LANES
         parts = -(-rows // lanes)
-        fields = self._with(VALUES, [0 if p is None else p.data_ptr() for p in parameters])
-        y = torch.empty((rows, self.outputs), dtype=self.dtype)
+        addresses: list[int] = []
+        for values, bias in zip(parameters[::2], parameters[1::2], strict=True):
+            addresses += cast(Tensor, values).data_ptr(), 0 if bias is None else bias.data_ptr(), 0, 0
+        fields, y = self._at(addresses), x.new_empty(rows, self.outputs)
         tiles = torch.empty(parts * self.lines * lanes, dtype=self.compute)
         workers = min(threads(), parts) if self.slots * rows >= SERIAL else 1
         memory = working_memory(workers * self.bytes_each)
@@ -378,13 +381,16 @@ class TrainingPlan:
         lanes = len(width) * LANES
         parts = -(-rows // lanes)
         gradients: list[Tensor | None] = []
-        for place, needed in enumerate(needs):
-            shape = values[place // 2].shape if place % 2 == 0 else (int(self.fields[place // 2, OUTPUTS]),)
-            gradients.append(torch.empty(shape, dtype=self.dtype) if needed else None)
-        fields = self._with(_WANTED, [0 if g is None else g.data_ptr() for g in gradients])
-        fields[:, VALUES] = [v.data_ptr() for v in values]
-        dx = torch.empty((rows, self.inputs), dtype=self.dtype) if needs_x else None
-        lowest = -1 if needs_x else next((place // 2 for place, needed in enumerate(needs) if needed), len(values))
+        addresses: list[int] = []
+        lowest = -1 if needs_x else len(values)
+        for i, value in enumerate(values):
+            dv = dy.new_empty(value.shape[0], 1) if needs[2 * i] else None
+            db = dy.new_empty(self.rows[i]) if needs[2 * i + 1] else None
+            gradients += dv, db
+            addresses += value.data_ptr(), 0, 0 if dv is None else dv.data_ptr(), 0 if db is None else db.data_ptr()
+            if lowest > i and not (dv is None and db is None):
+                lowest = i
+        fields, dx = self._at(addresses), dy.new_empty(rows, self.inputs) if needs_x else None
         gradient_lines = self.gradient_lines + (self.lines_of_x if needs_x else 0)
         count = threads()
         descending = sum(self.descending[lowest + 1 :]) * rows
