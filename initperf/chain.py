@@ -128,7 +128,7 @@ class _Plans:
     def __init__(self, patterns: list[Pattern]) -> None:
         self.patterns = patterns
         self.lock = threading.Lock()
-        self.inference: tuple[list[Any], Any] = (
+        self.inference: tuple[Any, Any] = (
             [],
             None,
         )  # addresses and dtypes of the parameters, and the plan for them

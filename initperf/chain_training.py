@@ -21,7 +21,7 @@ class Run(NamedTuple):
 
     plan: Any  # kernels/cpu/chain_training.py
     shapes: list[tuple[int, int]]  # of the weights
-    parameters: list[tuple[int, ...]]  # shapes of values and bias, layer by layer
+    parameters: Sequence[tuple[int, ...]]  # shapes of values and bias, layer by layer
     relus: list[bool]
     bits: list[Tensor]
     patterns: list[Pattern]
