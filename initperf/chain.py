@@ -128,10 +128,7 @@ class _Plans:
     def __init__(self, patterns: list[Pattern]) -> None:
         self.patterns = patterns
         self.lock = threading.Lock()
-        self.inference: tuple[Any, Any] = (
-            [],
-            None,
-        )  # addresses and dtypes of the parameters, and the plan for them
+        self.inference: tuple[Any, Any] = None, None  # addresses and dtypes of the parameters, and the plan for them
         self.training: dict[torch.dtype, chain_training.Run | None] = {}
 
 
@@ -207,12 +204,14 @@ class _Run:
             run = self._training_run(plans.patterns, dtype)
             with plans.lock:
                 plans.training[dtype] = run
-        if (run := plans.training[dtype]) is None or not chain_training.fits(run, parameters):
+        if (run := plans.training[dtype]) is None:
             return None
         plan = run.plan
         flat = _flat(x, plan)
         rows = flat.shape[0]
-        if not rows or not choice.chain_trains(rows, plan.weights, plan.nnz, dtype):
+        if not (rows and choice.chain_trains(len(self.layers), rows, plan.weights, plan.nnz)):
+            return None
+        if not chain_training.fits(run, parameters):
             return None
         for layer in self.layers:
             layer.leave_inference()

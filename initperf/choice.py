@@ -42,7 +42,7 @@ WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)  # of a layer; the last 
 MOST = 0.95  # density from which no index is built (initperf/pattern.py)
 # By ROWS: density below which layers run as one call, where single ones may run dense.
 CHAINS = (0.95, 0.5, 0.7, 0.7, 0.9)
-# Likewise in training; survivors up to which they do; and beyond which product of rows and weights their activations leave the caches.
+# Likewise in training; survivors up to which three layers do; and beyond which product of rows and weights their activations leave the caches.
 TRAINING_CHAINS, TRAINING_SURVIVORS = (0.95, 0.95, 0.6, 0.7, 0.75), (1 << 15, 1 << 15, 1 << 17, 1 << 17, 1 << 18)
 TRAINING_LARGEST = 1 << 30
 # By ROWS and the last three of WEIGHTS: density below which survivors in the kernels' order win in inference.
@@ -112,14 +112,14 @@ def _chain_below(rows: int, itemsize: int) -> float | None:
     return (1 - x) * CHAINS[i] + x * CHAINS[i + 1]
 
 
-def chain_trains(rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
-    """Whether a training step of compressed layers of so many weights together runs as two calls, and not layer by layer."""
+def chain_trains(layers: int, rows: int, weights: int, nnz: int) -> bool:
+    """Whether a training step of so many compressed layers and weights runs as two calls, and not layer by layer."""
     if _mode != "auto":
         return _mode == "sparse"
     if rows * weights > TRAINING_LARGEST:
         return False
     density, survivors = _training_chain(rows, torch.get_num_threads())
-    return nnz < weights * density and nnz <= survivors
+    return nnz < weights * density and nnz <= survivors * (layers - 1) / 2
 
 
 @lru_cache(maxsize=4096)

@@ -514,10 +514,11 @@ def test_where_layers_alone_pay_they_are_called():
         assert counted(lambda: ours(x).sum().backward())[1] == (0, 0)
     with prefer("auto"):
         assert counted(lambda: ours(x).sum().backward())[1] == (1, 1)
-        assert choice.chain_trains(60, 266_200, 27_000, torch.float32)  # LeNet-300-100 at a tenth
-        assert not choice.chain_trains(1, 1 << 20, 1 << 17, torch.float32)
-        assert not choice.chain_trains(64, 1 << 17, 1 << 17, torch.float32)
-        assert not choice.chain_trains(4096, 1 << 20, 1 << 16, torch.float32)
+        assert choice.chain_trains(3, 60, 266_200, 27_000)  # LeNet-300-100 at a tenth
+        assert not choice.chain_trains(1, 60, 266_200, 27_000)  # nothing to save
+        assert not choice.chain_trains(3, 1, 1 << 20, 1 << 17)  # more survivors than calls cost
+        assert not choice.chain_trains(3, 64, 1 << 17, 1 << 17)  # nothing pruned
+        assert not choice.chain_trains(3, 4096, 1 << 20, 1 << 16)  # activations beyond the caches
 
 
 def test_layers_beyond_the_limit_train_alone():
