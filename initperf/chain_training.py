@@ -13,7 +13,7 @@ from initperf.checks import InitPerfRuntimeError, fail
 from initperf.pattern import Pattern, version_of
 
 Parameters = Sequence[Tensor | None]  # values and bias or None, layer by layer
-TRAINING = "numba-training"  # as what its calls are counted
+ops.register("sparse_chain_training", "chain_training")
 
 
 class Run(NamedTuple):
@@ -67,7 +67,7 @@ class _Chain(torch.autograd.Function):
                 )
         if not (direct.writable(dy) and _as_saved(run.plan, dy, tiles, values)):
             return None, *_by_layers(ctx, run, x, values, dy, needs)
-        ops.CALLS["sparse_chain_backward", TRAINING] += 1
+        ops.CALLS["sparse_chain_backward", "numba"] += 1
         dx, gradients = run.plan.backward(dy.contiguous(), tiles, values, needs[0], needs[1:])
         return None, dx, *gradients
 
@@ -115,6 +115,6 @@ _apply: Any = super(torch.autograd.Function, _Chain).apply  # where no transform
 
 def train(run: Run, x: Tensor, parameters: Parameters) -> Tensor:
     """What the layers make of a contiguous x (B, inputs), B > 0, of their dtype, for parameters that fit."""
-    ops.CALLS["sparse_chain", TRAINING] += 1
+    ops.CALLS["sparse_chain_training", "numba"] += 1
     y: Tensor = _apply(run, x, *parameters)
     return y

@@ -18,7 +18,7 @@ from initperf.selfcheck import agrees
 from initperf.write_watch import why_not
 
 PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib")
-REGISTERING = ("init", "masked", "sparse", "conv", "prune", "stats")  # modules that enter ops into ops.MODULES
+REGISTERING = ("init", "masked", "sparse", "chain", "conv", "prune", "stats")  # modules that enter ops into ops.MODULES
 VECTORS = {  # LLVM's feature names, and what people call them
     "avx2": "AVX2",
     "fma": "FMA",

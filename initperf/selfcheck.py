@@ -133,15 +133,17 @@ def _check_zero_pruned(launch: Callable[..., Any], device: str) -> list[Tensor]:
     return [launch(values.clone(), mask, bits) for bits in (None, pack_bits(mask))]
 
 
-def _check_chain(launch: Callable[..., Any], device: str) -> list[Tensor]:
-    """Two layers with ReLU between them, for one batch row and for many."""
+def _check_chain(name: str, launch: Callable[..., Any], device: str) -> list[Tensor]:
+    """Two layers with ReLU between them: for one batch row and for many, or with their gradients."""
     given, home = _masked(device), import_module(f"{launch.__module__.rpartition('.')[0]}.sparse_linear")
     second = (torch.arange(10 * 80) * 7919 % 100 < 30).view(10, 80).to(device)
     weights = (given["weight"], given["mask"], given["bias"]), (_integers(10, 80, device=device), second, None)
     layers = [
-        (weight[mask][:, None], bias, mask, home.sparse_tensors(mask)[:3], bias is not None)
+        (weight[mask][:, None], bias, mask, home.sparse_tensors(mask), bias is not None)
         for weight, mask, bias in weights
     ]
+    if name == "sparse_chain_training":
+        return list(launch(given["x"], _integers(len(given["x"]), 10, device=device), layers))
     return [launch(given["x"][:1], layers), launch(given["x"], layers)]
 
 
@@ -163,7 +165,8 @@ CHECKS: dict[str, Check] = {
     "masked_grad_input": partial(_check_masked, "masked_grad_input"),
     "masked_grad_weight": partial(_check_masked, "masked_grad_weight"),
     "zero_pruned": _check_zero_pruned,
-    "sparse_chain": _check_chain,
+    "sparse_chain": partial(_check_chain, "sparse_chain"),
+    "sparse_chain_training": partial(_check_chain, "sparse_chain_training"),
     "sparse_tensors": partial(_check_sparse, "sparse_tensors"),
     "sparse_linear": partial(_check_sparse, "sparse_linear"),
     "sparse_grad_input": partial(_check_sparse, "sparse_grad_input"),

@@ -394,6 +394,16 @@ def test_doctor_says_whether_unchanged_weights_are_kept(call, monkeypatch, why, 
     assert said in call("doctor", "--no-check")[1]
 
 
+def test_doctor_checks_every_op_in_a_process_that_has_called_none():
+    from initperf import selfcheck
+
+    pytest.importorskip("numba")
+    done = subprocess.run([sys.executable, "-m", "initperf", "doctor", "--json"], capture_output=True, text=True)
+    found = json.loads(done.stdout)["ops"]
+    assert set(found) == set(selfcheck.CHECKS)
+    assert all(op["equal"] for op in found.values())
+
+
 def test_doctor_fails_when_a_kernel_disagrees(call, monkeypatch):
     from initperf import selfcheck
 

@@ -405,3 +405,16 @@ class TrainingPlan:
             *((self.lines, gradient_lines, lowest), tiles.data_ptr(), at, at + tile_bytes),
         )
         return dx, gradients
+
+
+def sparse_chain_training(
+    x: Tensor, dy: Tensor, layers: list[tuple[Tensor, Tensor | None, Tensor, list[Tensor], bool]]
+) -> list[Tensor]:
+    """See initperf/reference/chain_training.py; for calls that keep no plan, with B > 0."""
+    described = [((mask.shape[0], mask.shape[1]), len(values), index, relu) for values, _, mask, index, relu in layers]
+    plan = TrainingPlan(described, x.dtype)
+    parameters = [p for values, bias, *_ in layers for p in (values, bias)]
+    y, tiles = plan.forward(x.contiguous(), parameters)
+    values = [values for values, *_ in layers]
+    dx, gradients = plan.backward(dy.contiguous(), tiles, values, True, [p is not None for p in parameters])
+    return [t for t in (y, dx, *gradients) if t is not None]
