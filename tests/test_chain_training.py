@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from walls import before_a_wall, needs_walls
 
 from initperf import SparseLinear, SparseSequential, choice, ops, sparsify
 from initperf.choice import prefer
 
 pytest.importorskip("numba")
+from initperf.kernels.cpu import chain_training as kernels  # noqa: E402
+from initperf.kernels.cpu.sparse_pattern import sparse_tensors  # noqa: E402
+
 COUNTS = ("sparse_chain_training", "numba"), ("sparse_chain_backward", "numba")
 
 
@@ -119,8 +124,6 @@ def test_the_bits_do_not_depend_on_threads(rows):
 
 def test_every_share_of_the_work_gives_the_same_bits():
     """More workers than panels or parts, which a machine of many cores would ask for."""
-    from initperf.kernels.cpu import chain_training as kernels
-
     ours, x, dy = model(784, 300, 100, 10), torch.randn(60, 784), torch.randn(60, 10)
     want = [bits(g) for g in gradients(ours, x, dy)]
     plan = next(iter(ours._parts.parts[0].plans.training.values())).plan
@@ -539,6 +542,42 @@ def test_sparsify_and_a_step_of_training():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@needs_walls
+@pytest.mark.parametrize("rows", [1, 17, 60, 130])
+@pytest.mark.parametrize("density", [0.004, 0.2, 1.0])
+@pytest.mark.parametrize("widths", [(20, 300, 7), (300, 257, 33, 10), (5, 8, 3), (1, 600, 1)])
+def test_nothing_is_read_or_written_beyond_an_operand(rows, density, widths, monkeypatch):
+    """Every operand, and all memory that is worked in, ends where a page begins that cannot be touched."""
+
+    class Walled:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def empty(self, *args, **kwargs):
+            return before_a_wall(torch.full(args, 7, **kwargs))
+
+    layers = []
+    for i, (a, b) in enumerate(pairwise(widths)):
+        one = layer(a, b, density, seed=i)
+        layers.append(
+            (one.weight_values.detach(), one.bias.detach(), one.weight_mask, sparse_tensors(one.weight_mask), i == 0)
+        )
+    x, dy = torch.randn(rows, widths[0]), torch.randn(rows, widths[-1])
+    for threads in (1, 2):
+        monkeypatch.setattr(kernels, "SERIAL", 0)
+        monkeypatch.setattr(kernels, "threads", lambda threads=threads: threads)
+        want = kernels.sparse_chain_training(x, dy, layers)
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "torch", Walled())
+            patched.setattr(kernels, "working_memory", lambda size: before_a_wall(torch.full((size,), 255).byte()))
+            walled = [
+                (before_a_wall(v), before_a_wall(b), m, [before_a_wall(t) for t in index], r)
+                for v, b, m, index, r in layers
+            ]
+            found = kernels.sparse_chain_training(before_a_wall(x), before_a_wall(dy), walled)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, want, strict=True))
 
 
 def test_fork_safe_where_a_child_trains(tmp_path):

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from initperf.kernels.cpu.team import NO_TEAM
 from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.nn import functional as F
+from walls import before_a_wall
 
 from initperf import SparseLinear, choice, ops
 from initperf.checks import InitPerfError
@@ -195,18 +195,6 @@ def test_nothing_is_read_or_written_beyond_an_operand(rows, outputs, inputs, den
         setattr(case, name, before_a_wall(getattr(case, name)))
     found = [*case.dense(), *case.compressed()]
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, want, strict=True))
-
-
-def before_a_wall(tensor):
-    """A copy of a tensor that ends where unreadable memory begins."""
-    size, page = max(tensor.nbytes, 1), mmap.PAGESIZE
-    pages = -(-size // page)
-    memory = mmap.mmap(-1, (pages + 1) * page)
-    array = np.frombuffer(memory, np.uint8)
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    assert protect(ctypes.c_void_p(array.ctypes.data + pages * page), ctypes.c_size_t(page), 0) == 0
-    flat = torch.from_numpy(array[pages * page - tensor.nbytes : pages * page]).view(tensor.dtype)
-    return flat.view(tensor.shape).copy_(tensor)
 
 
 def test_no_rows_and_no_columns():

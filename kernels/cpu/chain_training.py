@@ -325,7 +325,9 @@ class TrainingPlan:
             begins = [*units[:, 0, 0, 3].tolist(), columns.numel()]
             self.panels += [b - a for a, b in pairwise(begins)]
         self.slots, self.descending = sum(self.panels), [index[4].numel() for index in self.indices]
-        most = max(max(index[1].numel(), index[4].numel()) for index in self.indices)
+        most = max(
+            PANEL, *(max(index[1].numel(), index[4].numel()) for index in self.indices)
+        )  # elements, or bias sums
         self.bytes_each = -(-(most + SLACK) * self.compute.itemsize // 64) * 64 + _CURSOR
         self._owners: dict[int, np.ndarray] = {}
 
