@@ -160,7 +160,9 @@ class _Run:
         parameters: list[Tensor | None] = []
         for layer in self.layers:
             found = layer._parameters
-            if "weight_values" not in found or "bias" not in found:  # parametrized
+            if (
+                found.get("weight_values") is None or "bias" not in found
+            ):  # parametrized, or an error of the layer's own
                 return None
             patterns.append(layer._fresh_pattern())
             parameters += found["weight_values"], found["bias"]
@@ -173,7 +175,14 @@ class _Run:
         return self._infer(x, self.plans, parameters)
 
     def _infer(self, x: Tensor, plans: _Plans, parameters: Parameters) -> Tensor | None:
-        seen = [None if p is None else p.data_ptr() for p in parameters], [p.dtype for p in parameters if p is not None]
+        seen: list[Any] = []
+        for p in parameters:
+            if p is None:
+                seen.append(None)
+            elif p.is_neg():  # a sign that kernels would not see
+                return None
+            else:
+                seen += p.data_ptr(), p.dtype
         known, plan = plans.inference
         if seen != known:
             plan = self._inference_plan()

@@ -40,6 +40,7 @@ def fits(run: Run, parameters: Parameters) -> bool:
             and p.shape == shape
             and p.is_contiguous()
             and p.is_cpu
+            and not p.is_neg()
         ):
             return False
     return True
@@ -49,15 +50,21 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, x, *parameters):
         y, tiles = run.plan.forward(x, parameters)
-        ctx.save_for_backward(x, tiles, *parameters[::2])
-        ctx.run, ctx.biases = run, parameters[1::2]  # not saved: they may change before the backward pass, as torch's
-        ctx.versions = [0 if bias is None else version_of(bias) for bias in ctx.biases]
+        needs_x = any(ctx.needs_input_grad[1:3])  # for the first layer's values, too
+        ctx.save_for_backward(tiles, *parameters[::2], *([x] if needs_x else ()))
+        # Not saved, since they may change before the backward pass, as torch's may: needed only for gradients of gradients.
+        ctx.held = [None if needs_x else x, *parameters[1::2]]
+        ctx.versions = [0 if held is None else version_of(held) for held in ctx.held]
+        ctx.run, ctx.shapes = run, (tiles.shape, *run.parameters[::2], *([x.shape] if needs_x else ()))
         return y
 
     @staticmethod
     def backward(ctx, dy):
         run, needs = ctx.run, ctx.needs_input_grad[1:]
-        x, tiles, *values = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        direct.check_saved(ctx.shapes, *saved)
+        layers = len(run.shapes)
+        tiles, values, x = saved[0], saved[1 : 1 + layers], saved[-1] if len(saved) > 1 + layers else None
         for pattern, bits in zip(run.patterns, run.bits, strict=True):
             if not pattern.is_of(bits):
                 fail(
@@ -66,14 +73,14 @@ class _Chain(torch.autograd.Function):
                     kind=InitPerfRuntimeError,
                 )
         if not (direct.writable(dy) and _as_saved(run.plan, dy, tiles, values)):
-            return None, *_by_layers(ctx, run, x, values, dy, needs)
+            return None, *_by_layers(ctx, x, values, dy, needs)
         ops.CALLS["sparse_chain_backward", "numba"] += 1
         dx, gradients = run.plan.backward(dy.contiguous(), tiles, values, needs[0], needs[1:])
         return None, dx, *gradients
 
 
-def _as_saved(plan: Any, dy: Tensor, tiles: Tensor, values: list[Tensor]) -> bool:
-    """Whether nothing has another dtype, device or stride now, as hooks of saved tensors could give it."""
+def _as_saved(plan: Any, dy: Tensor, tiles: Tensor, values: Sequence[Tensor]) -> bool:
+    """Whether nothing has another dtype or device now, or is not contiguous, as hooks of saved tensors could give it."""
     dtype = plan.dtype
     if not (dy.dtype is dtype and tiles.is_cpu and tiles.dtype is plan.compute and tiles.is_contiguous()):
         return False
@@ -81,14 +88,15 @@ def _as_saved(plan: Any, dy: Tensor, tiles: Tensor, values: list[Tensor]) -> boo
 
 
 def _by_layers(
-    ctx: Any, run: Run, x: Tensor, values: list[Tensor], dy: Tensor, needs: Sequence[bool]
+    ctx: Any, x: Tensor | None, values: Sequence[Tensor], dy: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients by ops that have gradients themselves, of activations that are computed again."""
-    if any(bias is not None and version_of(bias) != v for bias, v in zip(ctx.biases, ctx.versions, strict=True)):
-        fail("the biases of the forward pass", "ones that were changed in between", kind=InitPerfRuntimeError)
-    entering = [x]
+    run: Run = ctx.run
+    if any(held is not None and version_of(held) != v for held, v in zip(ctx.held, ctx.versions, strict=True)):
+        fail("input and biases of the forward pass", "ones that were changed in between", kind=InitPerfRuntimeError)
+    entering: list[Tensor] = [ctx.held[0] if x is None else x]
     for value, bias, bit, (N, _), pattern, relu in zip(
-        values, ctx.biases, run.bits, run.shapes, run.patterns, run.relus, strict=True
+        values, ctx.held[1:], run.bits, run.shapes, run.patterns, run.relus, strict=True
     ):
         h = sparse_ops.sparse_linear(entering[-1], value, bias, bit, N, pattern.tensors)
         entering.append(h.relu() if relu else h)

@@ -57,6 +57,12 @@ def check_mask(mask: object, shape: tuple[int, ...] | torch.Size, name: str = "m
         fail(f"{name} to have shape {tuple(shape)}", tuple(mask.shape))
 
 
+def check_mask_has_data(mask: torch.Tensor, weight: torch.Tensor, name: str = "mask") -> None:
+    """Not on the meta device, unless the weight is."""
+    if mask.is_meta and not weight.is_meta:
+        fail(f"{name} with data", "one on the meta device")
+
+
 def check_seed(seed: object, name: str = "seed") -> int:
     """An int in [0, 2**64)."""
     if isinstance(seed, bool) or not isinstance(seed, int):

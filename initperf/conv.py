@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from initperf import conv_ops, direct
-from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
+from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_mask_has_data, fail
 from initperf.conv_ops import ConvPattern
 from initperf.masked_layer import MaskedLayer
 from initperf.sparse_layer import SparseLayer
@@ -117,6 +117,7 @@ class SparseConv2d(SparseLayer):
         shell = nn.Conv2d(in_channels, out_channels, *args)
         if mask is not None:
             check_mask(mask, shell.weight.shape)
+            check_mask_has_data(mask, shell.weight)
         super().__init__()
         for name in _ATTRIBUTES:
             setattr(self, name, getattr(shell, name))

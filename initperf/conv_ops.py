@@ -201,12 +201,13 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, survivors, pattern, *rest):
         ctx.save_for_backward(x, weight, survivors, *pattern)
-        ctx.rest = rest
+        ctx.rest, ctx.shapes = rest, (x.shape, weight.shape)
         return direct.below(masked_conv2d, _masked_conv2d, x, weight, bias, survivors, pattern, *rest)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, survivors, *pattern = ctx.saved_tensors
+        direct.check_saved(ctx.shapes, x, weight)
         shape, *geometry, premasked = ctx.rest
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = None

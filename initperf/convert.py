@@ -16,6 +16,7 @@ from initperf.checks import (
     InitPerfTypeError,
     check,
     check_mask,
+    check_mask_has_data,
     fail,
 )
 from initperf.conv import MaskedConv2d, SparseConv2d
@@ -65,8 +66,8 @@ def sparsify(
     sparse: True makes compressed layers (SparseLinear, SparseConv2d), False masked ones, of masked and compressed ones too;
     None leaves those as they are stored, and makes dense ones masked.
     An nn.Sequential that holds compressed linear layers becomes a SparseSequential, whose small layers run as one call.
-    Parameters stay the same objects, so an optimizer without state keeps working; `optimizer`, or mask_optimizer_ before or
-    after, brings one with state along.
+    Parameters stay the same objects, so an optimizer without state keeps working; `optimizer`, or mask_optimizer_ afterwards,
+    brings one with state along (without, its next step raises where a layer was compressed).
     Raises, and changes nothing, for a name that is no such weight, a mask of wrong shape or dtype, a weight tied to another
     parameter, and layers whose forward is never called, as in nn.MultiheadAttention. Conv1D layers of transformers' GPT-2,
     whose weight is (inputs, outputs), stay dense. Compressed layers have no `weight`: leave out layers whose model reads it
@@ -150,6 +151,7 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], masks: Mapping[str
         if not isinstance(layer, SparseLayer):
             check_own_weight(layer, family, name)
         check_mask(mask, layer.weight_shape if isinstance(layer, SparseLayer) else weight.shape, f"masks[{name!r}]")
+        check_mask_has_data(mask, weight, f"masks[{name!r}]")
         reader, masked_too = inside.get(id(layer), ("", False))
         if reader and (masked_too or _compressed(layer, sparse)):
             fail(
@@ -209,6 +211,7 @@ def _by_magnitude(
             check_own_weight(layer, _family(layer), name)
             weight = layer.weight
             old = layer.weight_mask if isinstance(layer, MaskedLayer) else torch.ones_like(weight, dtype=torch.bool)
+        check(not weight.is_meta, f"{name} with data (or give masks)", "one on the meta device")
         survivors, keep = int(old.count_nonzero()), round(fraction * old.numel())
         if keep > survivors:
             fail(f"a density of at most {survivors / old.numel():.4g} for {name}, as it is already pruned", fraction)
@@ -271,6 +274,8 @@ def check_masks(model: nn.Module, *, group: Any = None) -> dict[str, float]:
     Compressed layers store none; there the mask has as many survivors as there are values. group: a torch.distributed process
     group, all ranks of which call this: their masks must be the same, by hash.
     """
+    if not isinstance(model, nn.Module):
+        fail("a torch.nn.Module", type(model).__name__, kind=InitPerfTypeError)
     masked, compressed, revived = masked_layers(model), sparse_layers(model), {}
     for name, layer in masked.items():
         count = int(layer.weight.detach().masked_fill(layer.weight_mask, 0).count_nonzero())

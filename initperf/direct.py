@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as _forward_ad
 
 from initperf import ops
+from initperf.checks import InitPerfRuntimeError, fail
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -57,6 +58,13 @@ def _has_memory(x: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def check_saved(shapes: tuple[torch.Size, ...], *saved: Tensor) -> None:
+    """Raise unless tensors come to a backward pass in the shapes they had: kernels get addresses, which do not tell. `.data` and hooks of saved tensors may have changed them."""
+    for shape, tensor in zip(shapes, saved, strict=True):
+        if tensor.shape != shape:
+            fail(f"a saved tensor of shape {tuple(shape)}", tuple(tensor.shape), kind=InitPerfRuntimeError)
 
 
 def transformed() -> bool:

@@ -71,6 +71,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             and _fits(way, input, weight, bias)
         ):  # as at the last call: sooner told
             return way[0](input, weight, bias, pattern)
+        if not compiling and (
+            weight.is_neg() or (bias is not None and bias.is_neg())
+        ):  # a sign that kernels would not see
+            weight, bias = weight.resolve_neg(), None if bias is None else bias.resolve_neg()
         mask: Any = self._buffers["weight_mask"]
         rows, columns = self.out_features, self.in_features
         check_input(input, columns, weight.dtype, weight.is_cpu)
@@ -124,7 +128,11 @@ def _fits(way: Way, input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and input.dtype is dtype
         and weight.dtype is dtype
         and input.is_cpu
-        and (of_bias is None if bias is None else bias.shape == of_bias and bias.dtype is dtype and bias.is_cpu)
+        and (
+            of_bias is None
+            if bias is None
+            else bias.shape == of_bias and bias.dtype is dtype and bias.is_cpu and not bias.is_neg()
+        )
         and choice.setting() == setting
     )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
+from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_mask_has_data, fail
 from initperf.pattern import Pattern, SparsePattern, unpack_bits
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class MaskedLayer(nn.Module):
         weight: Any = dense.weight
         if mask is not None:
             check_mask(mask, weight.shape)
+            check_mask_has_data(mask, weight)
         layer = cls._shell(dense)
         layer.register_parameter("weight", weight)
         layer.register_parameter("bias", dense._parameters["bias"])
@@ -161,8 +162,13 @@ class MaskedLayer(nn.Module):
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask: pruned weights become 0, revived ones start at 0. Optimizer state made before: mask_optimizer_."""
         check_mask(mask, self.weight.shape)
+        check_mask_has_data(mask, self.weight_mask)
+        old = self.weight_mask
+        if not old.is_meta and torch.equal(mask.to(old.device), old) and self._pattern.is_of(old):
+            self._mask_weight()
+            return
         with torch.no_grad():
-            self.weight_mask.copy_(mask)
+            old.copy_(mask)
         self._obey()
 
     @property
@@ -316,7 +322,8 @@ def dense_entries(state_dict: dict[str, Any], prefix: str, shape: torch.Size) ->
 def check_own_weight(layer: object, dense: type[nn.Module], name: str) -> None:
     """`layer` is a `dense`, and its weight is a Parameter of its own."""
     if not isinstance(layer, dense):
-        fail(f"{name} to be an nn.{dense.__name__}", type(layer).__name__, kind=InitPerfTypeError)
+        kind = dense.__name__ if issubclass(dense, MaskedLayer) else f"nn.{dense.__name__}"
+        fail(f"{name} to be an {kind}", type(layer).__name__, kind=InitPerfTypeError)
     if not isinstance(layer._parameters.get("weight"), nn.Parameter):
         fail(
             f"{name} with a weight that is its own Parameter",

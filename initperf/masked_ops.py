@@ -139,12 +139,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mask, pattern, premasked):
         ctx.save_for_backward(x, weight, mask)
-        ctx.pattern, ctx.premasked = pattern, premasked
+        ctx.pattern, ctx.premasked, ctx.shapes = pattern, premasked, (x.shape, weight.shape)
         return direct.below(masked_linear, _masked_linear, x, weight, bias, mask, pattern, premasked)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mask = ctx.saved_tensors
+        direct.check_saved(ctx.shapes, x, weight)
         pattern, premasked = ctx.pattern, ctx.premasked
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         db = dy.sum(0) if needs_bias else None
@@ -164,13 +165,14 @@ class _OwnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, pattern):
         ctx.save_for_backward(x, weight)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.shapes = pattern, (x.shape, weight.shape)
         ops.CALLS["masked_linear", OWN] += 1
         return cast(ModuleType, _own_dense()).forward(x, weight, bias, weight.shape[0])
 
     @staticmethod
     def backward(ctx, dy):
         (x, weight), mask = ctx.saved_tensors, ctx.pattern.unchanged_mask()
+        direct.check_saved(ctx.shapes, x, weight)
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         if not (direct.writable(dy) and weight.is_contiguous() and weight.dtype is x.dtype is dy.dtype):
             products = (masked_grad_input, _masked_grad_input), (masked_grad_weight, _masked_grad_weight)

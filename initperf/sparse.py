@@ -75,6 +75,10 @@ class SparseLinear(SparseLayer):
         own, bits = self._parameters.get, cast(Tensor, self._buffers["weight_mask_bits"])  # sooner than attributes
         values: Tensor = self.weight_values if (found := own("weight_values")) is None else found
         bias: Tensor | None = self.bias if (found := own("bias")) is None else found
+        if not compiling and (
+            values.is_neg() or (bias is not None and bias.is_neg())
+        ):  # a sign that kernels would not see
+            values, bias = values.resolve_neg(), None if bias is None else bias.resolve_neg()
         check_input(input, self.in_features, values.dtype, values.is_cpu)
         check_bias(bias, values, self.out_features)
         if not compiling and values.shape[0] != pattern.nnz and not values.is_meta:

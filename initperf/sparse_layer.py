@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from initperf import rng, sampling
-from initperf.checks import FLOATS, check_mask, fail
+from initperf.checks import FLOATS, check_mask, check_mask_has_data, fail
 from initperf.masked_layer import MaskedLayer, check_own_weight, new_module
-from initperf.parameter_memory import reshape
+from initperf.parameter_memory import reshape, watch_optimizers
 from initperf.pattern import CompressedPattern, Pattern, pack_bits, unpack_bits
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class SparseLayer(nn.Module):
         weight = cast(Tensor, dense.weight)
         if mask is not None:
             check_mask(mask, weight.shape)
+            check_mask_has_data(mask, weight)
         if weight.dtype not in FLOATS:
             fail("a weight of float32, bfloat16, float16 or float64", weight.dtype)
         return cls._of(dense, weight, mask)
@@ -128,6 +129,7 @@ class SparseLayer(nn.Module):
         self.register_buffer("weight_mask_bits", bits.to(device))
         self._renew()
         COMPRESSED.add(self)
+        watch_optimizers()
 
     def _become(self, parameter: nn.Parameter, mask: Tensor) -> None:
         """Called on a dense or masked layer whose class was just changed to this: its weight Parameter becomes weight_values."""
@@ -155,8 +157,11 @@ class SparseLayer(nn.Module):
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask: pruned weights go, revived ones start at 0. An optimizer with state must follow (mask_optimizer_)."""
         check_mask(mask, self.weight_shape)
+        check_mask_has_data(mask, self.weight_mask_bits)
         mask = mask.to(self.weight_mask_bits.device)
         old = self.weight_mask
+        if not mask.is_meta and torch.equal(mask, old) and self._pattern.is_of(self.weight_mask_bits):
+            return
 
         def move(values: Tensor) -> Tensor:
             dense = values.new_zeros(old.shape).masked_scatter_(old.to(values.device), values)
@@ -211,6 +216,7 @@ class SparseLayer(nn.Module):
         super().__setstate__(state)
         self._pattern = self._new_pattern()
         COMPRESSED.add(self)
+        watch_optimizers()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.weight_mask_bits

@@ -137,12 +137,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, bits, rows, pattern):
         ctx.save_for_backward(x, values, bits)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.shapes = pattern, (x.shape, values.shape)
         return direct.below(sparse_linear, _sparse_linear, x, values, bias, bits, rows, pattern)
 
     @staticmethod
     def backward(ctx, dy):
         x, values, bits = ctx.saved_tensors
+        direct.check_saved(ctx.shapes, x, values)
         pattern = ctx.pattern
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         db = dy.sum(0) if needs_bias else None
@@ -161,13 +162,14 @@ class _OwnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, values, bias, bits, rows, pattern):
         ctx.save_for_backward(x, values, bits)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.shapes = pattern, (x.shape, values.shape)
         ops.CALLS["sparse_linear", OWN] += 1
         return cast(ModuleType, own(x)).forward(x, values.contiguous(), bias, rows, bits)
 
     @staticmethod
     def backward(ctx, dy):
         x, values, bits = ctx.saved_tensors
+        direct.check_saved(ctx.shapes, x, values)
         if not (direct.writable(dy) and values.dtype is x.dtype is dy.dtype):
             return _Linear.backward(ctx, dy)
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad

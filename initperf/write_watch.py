@@ -20,6 +20,8 @@ import weakref
 from functools import cache
 from typing import NamedTuple
 
+from initperf.checks import check
+
 _SYSCALLS = {"x86_64": 323, "aarch64": 282}  # userfaultfd
 _O_CLOEXEC, _USER_MODE_ONLY = 0o2000000, 1
 _WP_UNPOPULATED, _WP_ASYNC = 1 << 13, 1 << 15
@@ -49,7 +51,9 @@ class _Kernel(NamedTuple):
 @cache
 def _kernel() -> _Kernel | str:
     """Opened once a process; or why there is none."""
-    if os.environ.get("INITPERF_WATCH") == "0":
+    setting = os.environ.get("INITPERF_WATCH") or "1"
+    check(setting in ("0", "1"), "INITPERF_WATCH to be 0 or 1", setting)
+    if setting == "0":
         return "turned off by INITPERF_WATCH=0"
     number = _SYSCALLS.get(platform.machine())
     if not sys.platform.startswith("linux") or number is None:

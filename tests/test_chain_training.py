@@ -134,6 +134,7 @@ def test_every_share_of_the_work_gives_the_same_bits():
     loads = [sum(size for size, o in zip(plan.panels, plan.owners(2), strict=True) if o == w) for w in (0, 1)]
     assert max(loads) < 0.6 * plan.slots
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernels, "SERIAL", 0)
         for count in (1, 2, 5):
             patched.setattr(kernels, "threads", lambda count=count: count)
             assert all(torch.equal(a, bits(b)) for a, b in zip(want, gradients(ours, x, dy), strict=True))
@@ -171,6 +172,23 @@ def test_a_negated_gradient():
     y = ours(x)
     got = torch.autograd.grad(y, x, dy.conj().imag, retain_graph=True)[0]
     torch.testing.assert_close(got, torch.autograd.grad(y, x, -dy.imag.contiguous())[0])
+
+
+@pytest.mark.parametrize(
+    "frozen", [(0, 1), (0, 1, 2), (2, 3), (0, 1, 2, 3), (0, 1, 2, 3, 4), (0, 2, 4), (1, 3, 5), (4, 5)]
+)
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_frozen_parameters_of_three_layers(frozen, needs_x):
+    ours, x, dy = model(100, 60, 30, 10), torch.randn(70, 100), torch.randn(70, 10)
+    free = gradients(ours, x, dy)[2:]
+    parameters = list(ours.parameters())
+    for place in frozen:
+        parameters[place].requires_grad_(False)
+    wanted = [place for place in range(6) if place not in frozen]
+    found = torch.autograd.grad(ours(x.requires_grad_(needs_x)), [parameters[place] for place in wanted], dy)
+    for place, gradient in zip(wanted, found, strict=True):
+        dense = ours[place // 2 * 2].expand(gradient) if place % 2 == 0 else gradient
+        assert torch.equal(dense, free[place])
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3,), (0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2)])
@@ -322,10 +340,54 @@ def test_what_is_saved_may_be_moved_by_hooks():
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             got = gradients(ours, x, dy)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.double() if t.is_floating_point() else t):
-        y = ours(x.requires_grad_())
-        with pytest.raises((RuntimeError, TypeError)):  # of two dtypes: an error and not garbage
-            y.backward(dy)
+    strided = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t, lambda t: torch.stack([t, t], -1)[..., 0] if t.shape[-1] == 1 else t
+    )
+    with strided:
+        torch.testing.assert_close(gradients(ours, x, dy), want, rtol=1e-4, atol=1e-5)
+    for change in (
+        lambda t: t.double(),
+        lambda t: t[:1] if t.shape[-1] == 1 else t,  # values
+        lambda t: t[:1].clone() if t.dim() == 1 else t,  # tiles
+        lambda t: t[:, :50].contiguous() if t.shape[-1] == 100 else t,  # x
+    ):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+            y = ours(x.requires_grad_())
+            with pytest.raises((RuntimeError, TypeError)):  # an error, and not garbage
+                y.backward(dy)
+    y = ours(x)
+    ours[0].weight_values.data = torch.randn(3, 1)
+    with pytest.raises(RuntimeError, match="saved tensor"):
+        y.backward(dy)
+
+
+def test_an_input_that_no_gradient_needs_may_change():
+    ours, x, dy = model(100, 60, 10), torch.randn(9, 100), torch.randn(9, 10)
+    ours[0].weight_values.requires_grad_(False)
+    parameters = [ours[0].bias, ours[2].weight_values, ours[2].bias]
+    want = torch.autograd.grad(ours(x), parameters, dy)
+    y = ours(x)
+    penalty = ours(x)
+    before = x.clone()
+    x.mul_(2)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(y, parameters, dy), want, strict=True))
+    with pytest.raises(RuntimeError, match="input and biases"):
+        torch.autograd.grad(penalty, parameters, dy, create_graph=True)
+    with torch.inference_mode():
+        frozen = before.clone()
+    y, counts = counted(lambda: ours(frozen))
+    assert counts == (1, 0)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(y, parameters, dy), want, strict=True))
+
+
+def test_parameters_with_a_pending_negation():
+    ours, x = model(100, 60, 10), torch.randn(9, 100)
+    for name in ("0.bias", "0.weight_values"):
+        given = dict(ours.named_parameters())[name].detach()
+        want = functional_call(ours, {name: -given}, (x,))
+        torch.testing.assert_close(functional_call(ours, {name: torch._neg_view(given)}, (x,)), want)
+        with torch.no_grad():
+            torch.testing.assert_close(functional_call(ours, {name: torch._neg_view(given)}, (x,)), want)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -565,10 +627,10 @@ def test_nothing_is_read_or_written_beyond_an_operand(rows, density, widths, mon
             (one.weight_values.detach(), one.bias.detach(), one.weight_mask, sparse_tensors(one.weight_mask), i == 0)
         )
     x, dy = torch.randn(rows, widths[0]), torch.randn(rows, widths[-1])
+    want = kernels.sparse_chain_training(x, dy, layers)
     for threads in (1, 2):
         monkeypatch.setattr(kernels, "SERIAL", 0)
         monkeypatch.setattr(kernels, "threads", lambda threads=threads: threads)
-        want = kernels.sparse_chain_training(x, dy, layers)
         with monkeypatch.context() as patched:
             patched.setattr(kernels, "torch", Walled())
             patched.setattr(kernels, "working_memory", lambda size: before_a_wall(torch.full((size,), 255).byte()))

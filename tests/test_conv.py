@@ -480,3 +480,15 @@ def test_many_gradients_at_once(kind, path):
     for i in range(4):
         for one, many in zip(torch.autograd.grad(y, inputs, dy[i], retain_graph=True), found, strict=True):
             torch.testing.assert_close(many[i], one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", [torch.Tensor.double, lambda t: t[:1].clone()])
+def test_saved_tensors_that_come_back_otherwise_raise(kind, path, change):
+    layer = kind(4, 5, 3, mask=torch.rand(5, 4, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.4)
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: t, lambda t: change(t) if t.is_floating_point() else t):
+        y = layer(x)
+        with pytest.raises((RuntimeError, TypeError)):
+            y.sum().backward()

@@ -209,3 +209,53 @@ def test_two_processes_train_as_one_and_their_masks_are_compared_by_hash(sparse,
         torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
         assert indices == 1, "the index was built again, though the mask stayed"
         assert "different ones for 2" in caught
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_mask_without_data_changes_nothing(sparse):
+    model = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 4))
+    before, x = [p.clone() for p in model.parameters()], torch.randn(2, 8)
+    want = model(x)
+    masks = {"0.weight": torch.zeros(5, 8, dtype=torch.bool), "2.weight": torch.ones(4, 5).bool().to("meta")}
+    with pytest.raises(InitPerfError, match="meta"):
+        sparsify(model, masks=masks, sparse=sparse)
+    assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(model(x), want)
+    sparsify(model, density=0.5, sparse=sparse)
+    want = model(x)
+    with pytest.raises(InitPerfError, match="meta"):
+        model[2].set_mask(masks["2.weight"])
+    assert torch.equal(model(x), want)
+    for kind in (MaskedLinear, SparseLinear):
+        with pytest.raises(InitPerfError, match="meta"):
+            kind.from_linear(nn.Linear(8, 5), masks["0.weight"].to("meta"))
+
+
+def test_densities_need_data():
+    with pytest.raises(InitPerfError, match="with data"):
+        sparsify(nn.Sequential(nn.Linear(8, 5, device="meta")), density=0.5)
+
+
+@pytest.mark.parametrize("kind", [MaskedLinear, SparseLinear])
+def test_the_mask_that_is_there_already(kind):
+    """Nothing is built again, but a weight that was written past its mask obeys again."""
+    layer = kind(40, 30, mask=torch.rand(30, 40) < 0.5)
+    pattern, before = layer._pattern, layer.to_dense().weight.clone()
+    if kind is MaskedLinear:
+        layer.weight.data.add_((~layer.weight_mask).float())
+    layer.set_mask(layer.weight_mask.clone())
+    assert layer._pattern is pattern
+    assert torch.equal(layer.to_dense().weight, before)
+    layer.set_mask(~layer.weight_mask)
+    assert layer._pattern is not pattern
+
+
+def test_check_masks_wants_a_module():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        check_masks("model")
+
+
+def test_from_masked_names_the_class_that_it_wants():
+    with pytest.raises(TypeError, match="to be an MaskedLinear"):
+        SparseLinear.from_masked(nn.Linear(3, 4))

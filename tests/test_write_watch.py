@@ -352,3 +352,14 @@ def test_it_can_be_turned_off(monkeypatch):
         assert watch(memory.data_ptr(), SIZE) is None
     finally:
         write_watch._kernel.cache_clear()
+
+
+def test_another_setting_than_0_or_1_is_refused(monkeypatch):
+    write_watch._kernel.cache_clear()
+    monkeypatch.setenv("INITPERF_WATCH", "no")
+    try:
+        with pytest.raises(ValueError, match="INITPERF_WATCH to be 0 or 1"):
+            write_watch._kernel()
+    finally:
+        monkeypatch.undo()
+        write_watch._kernel.cache_clear()

@@ -21,6 +21,7 @@ from .conv_ir import copy_line, correlate_row, multiply_row, zero_line
 from .conv_memory import empty, lines
 from .conv_pack import pack_plane, unpack_pixels
 from .jit import jit, threads
+from .memory import check_alike
 from .spmm_ir import LANES, compute_pointer, shifted, storage_pointer
 
 _INTS, _FLOATS = np.zeros(1, np.int32), np.zeros(1, np.float32)
@@ -339,7 +340,8 @@ def masked_conv2d(
 ) -> Tensor:
     """See initperf/reference/conv.py."""
     spatial = _shape(x.shape[2:], shape, stride, padding, dilation)
-    bias = None if bias is None else bias.contiguous()
+    check_alike(x, weight)
+    bias = None if bias is None else bias.contiguous().resolve_neg()
     return convolve(x.contiguous(), _values(weight, pattern[2]), bias, shape[0], pattern[:4], spatial)
 
 
@@ -357,6 +359,7 @@ def masked_conv2d_grad_input(
     premasked: bool,
 ) -> Tensor:
     """See initperf/reference/conv.py; stride 1."""
+    check_alike(dy, weight)
     before = [(k - 1) * d - p for k, d, p in zip(shape[2:], dilation, padding, strict=True)]
     spatial = Shape((1, 1), _pair(before), _pair(dilation), _pair(shape[2:]), _pair(size))
     return convolve(dy.contiguous(), _values(weight, pattern[6]), None, shape[1] * groups, pattern[4:], spatial)
@@ -374,6 +377,7 @@ def masked_conv2d_grad_weight(
     groups: int,
 ) -> Tensor:
     """See initperf/reference/conv.py."""
+    check_alike(dy, x)
     if survivors.dtype == torch.bool:
         out = torch.zeros(list(shape), dtype=x.dtype)
     else:

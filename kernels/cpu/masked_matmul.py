@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import dense
 from .masking import zero_pruned
-from .memory import gradient_memory
-from .products import check_alike, correlate, multiply
+from .memory import check_alike, gradient_memory
+from .products import correlate, multiply
 
 
 def masked_linear(

@@ -52,3 +52,11 @@ def working_memory(size: int) -> Tensor:
     if memory is None or memory.numel() < size:
         memory = _own.memory = torch.empty(size, dtype=torch.uint8)
     return memory
+
+
+def check_alike(a: Tensor, b: Tensor) -> None:
+    """Raise unless both are on the CPU and of one dtype: kernels get addresses, which do not tell."""
+    if not (a.dtype is b.dtype and a.is_cpu and b.is_cpu):
+        raise TypeError(
+            f"Expected operands of one dtype on the CPU. Got {a.dtype} on {a.device}, {b.dtype} on {b.device}."
+        )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .few_rows import FEW, FEW_ORDERED, call_few
 from .jit import jit, threads
-from .memory import working_memory
+from .memory import check_alike, working_memory
 from .pattern import block_of
 from .spmm_ir import (
     LANES,
@@ -353,14 +353,6 @@ def _call(
 def _readable(tensor: Tensor) -> Tensor:
     """Itself where batch rows or columns are contiguous, or a contiguous copy."""
     return tensor if 1 in tensor.stride() else tensor.contiguous()
-
-
-def check_alike(a: Tensor, b: Tensor) -> None:
-    """Raise unless both are on the CPU and of one dtype: kernels get addresses, which do not tell."""
-    if not (a.dtype is b.dtype and a.is_cpu and b.is_cpu):
-        raise TypeError(
-            f"Expected operands of one dtype on the CPU. Got {a.dtype} on {a.device}, {b.dtype} on {b.device}."
-        )
 
 
 def multiply(

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import dense
 from .jit import jit, threads
-from .memory import gradient_memory
-from .products import check_alike, correlate, multiply
+from .memory import check_alike, gradient_memory
+from .products import correlate, multiply
 from .sparse_pattern import sparse_tensors as sparse_tensors
 from .vector import expand_line, full_vectors, population
 
