@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from initperf import rng, sampling
 from initperf.checks import FLOATS, check_mask, check_mask_has_data, fail
+from initperf.compressed import pick, spread
 from initperf.masked_layer import MaskedLayer, check_own_weight, new_module
 from initperf.parameter_memory import reshape, watch_optimizers
 from initperf.pattern import CompressedPattern, Pattern, pack_bits, unpack_bits
@@ -70,7 +71,7 @@ class SparseLayer(nn.Module):
         if mask is None:
             mask = torch.ones_like(weight, dtype=torch.bool)
         mask = mask.to(weight.device)
-        values = weight.detach().masked_select(mask)[:, None]
+        values = pick(weight.detach(), mask)
         layer.register_parameter("weight_values", nn.Parameter(values, weight.requires_grad))
         bias = dense._parameters["bias"]
         copy = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
@@ -111,12 +112,12 @@ class SparseLayer(nn.Module):
     @torch.no_grad()
     def expand(self, values: Tensor) -> Tensor:
         """values (nnz, 1), such as optimizer state, as a dense tensor of weight_shape, 0 where pruned."""
-        return values.new_zeros(self.weight_shape).masked_scatter_(self.weight_mask.to(values.device), values)
+        return spread(values, self.weight_mask_bits, self.weight_shape)
 
     @torch.no_grad()
     def compress(self, dense: Tensor) -> Tensor:
         """The survivors (nnz, 1) of a dense tensor of weight_shape."""
-        return dense.masked_select(self.weight_mask.to(dense.device))[:, None]
+        return pick(dense, self.weight_mask)
 
     def _adopt(self, mask: Tensor | None) -> None:
         """Take `mask` (checked; None: all survive) as the buffer; weight_values has its survivors already."""
@@ -137,7 +138,7 @@ class SparseLayer(nn.Module):
             "weight_values" if name == "weight" else name: value for name, value in self._parameters.items()
         }
         mask = mask.to(parameter.device)
-        reshape(parameter, lambda t: t.masked_select(mask.to(t.device))[:, None])
+        reshape(parameter, lambda t: pick(t, mask))
         self._adopt(mask)
 
     def _leave(self) -> nn.Parameter:
@@ -163,12 +164,10 @@ class SparseLayer(nn.Module):
         if not mask.is_meta and torch.equal(mask, old) and self._pattern.is_of(self.weight_mask_bits):
             return
 
-        def move(values: Tensor) -> Tensor:
-            dense = values.new_zeros(old.shape).masked_scatter_(old.to(values.device), values)
-            return dense.masked_select(mask.to(values.device))[:, None]
-
-        reshape(cast(nn.Parameter, self.weight_values), move)
-        self.weight_mask_bits.copy_(pack_bits(mask))
+        bits = pack_bits(mask)
+        before = self.weight_mask_bits.clone()
+        reshape(cast(nn.Parameter, self.weight_values), lambda values: pick(spread(values, before, mask.shape), mask))
+        self.weight_mask_bits.copy_(bits)
         self._renew()
 
     def _renew(self) -> None:
@@ -275,7 +274,7 @@ class SparseLayer(nn.Module):
             mask = state_dict.pop(prefix + "weight_mask", None)
             mask = self.weight_mask if mask is None else mask.bool()
             state_dict[prefix + "weight_mask_bits"] = pack_bits(mask)
-            state_dict[prefix + "weight_values"] = weight.detach().masked_select(mask.to(weight.device))[:, None]
+            state_dict[prefix + "weight_values"] = pick(weight.detach(), mask)
 
     def _problems(self, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
         """Why the entries for this layer cannot load; nothing of it is touched then."""
