@@ -23,10 +23,14 @@ _is_autocast_enabled = torch.is_autocast_enabled
 
 def plain(x: Tensor) -> bool:
     """Whether `x` has memory of its own and only autograd can be listening to an op on it: no mode, no transform, no tracing (of compilers and torch.jit), no tangents, no autocast, no subclass, no negation that is still to be done."""
+    if type(x) is not Tensor or _is_compiling():
+        return False
+    try:
+        x.data_ptr()
+    except RuntimeError:  # see _has_memory
+        return False
     return (
-        type(x) is Tensor
-        and ((on_cpu := x.is_cpu) or x.is_cuda)
-        and not _is_compiling()
+        ((on_cpu := x.is_cpu) or x.is_cuda)
         and not _dispatch_modes()
         and not _function_modes()
         and _function_transform() is None
@@ -34,7 +38,6 @@ def plain(x: Tensor) -> bool:
         and _forward_ad._current_level < 0
         and not (_any_autocast() and _is_autocast_enabled("cpu" if on_cpu else "cuda"))
         and not x.is_neg()
-        and _has_memory(x)
     )
 
 

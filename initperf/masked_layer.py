@@ -187,9 +187,12 @@ class MaskedLayer(nn.Module):
             return self._pattern
         seen, weight = self._seen, self._parameters.get("weight")
         state = None
-        if seen is not None and type(weight) is nn.Parameter and not weight.is_inference():
+        if seen is not None and type(weight) is nn.Parameter:
             # The usual case, sooner told.
-            state = weight._version, weight.data_ptr(), weight.stride()
+            try:  # noqa: SIM105 - contextlib takes longer
+                state = weight._version, weight.data_ptr(), weight.stride()
+            except RuntimeError:  # inference tensors have no version
+                pass
             if state == seen:
                 found = 0
                 for word in self._words:  # `.data` and NumPy write unseen: what they write everywhere shows here

@@ -96,6 +96,8 @@ class Pattern:
         view.grad_fn._register_hook_dict(view)  # type: ignore[union-attr]
         return view
 
+    _transposed: tuple[int, int]
+
     def premasked_transpose(self, weight: Tensor) -> Tensor:
         """The same for the transpose (K, N) of a weight (N, K), which torch's own nn.Linear makes too: it takes 3 us less."""
         view = weight.t()
@@ -105,22 +107,24 @@ class Pattern:
         return view
 
     def _mask_gradient(self, gradient: Tensor | None) -> Tensor | None:
-        """The gradient of the weight, fresh from a product on the CPU: masked in place, or under create_graph by a differentiable op."""
+        """The gradient of the weight, fresh from a product on the CPU: masked in place (None), or under create_graph by a differentiable op."""
         if gradient is None:  # a later Function gave none
             return None
         kernel = self._kernel_for(gradient)
         if kernel is None or not gradient.is_contiguous():
             return torch.where(self.mask, gradient, 0)
-        return kernel(gradient, self.mask, self._content)
+        kernel(gradient, self.mask, self._content)
+        return None
 
     def _mask_transpose(self, gradient: Tensor | None) -> Tensor | None:
         """The same for the gradient of the transpose."""
         if gradient is None:
             return None
         kernel = self._kernel_for(gradient)
-        if kernel is None or gradient.stride() != (1, gradient.shape[0]):
+        if kernel is None or gradient.stride() != self._transposed:
             return torch.where(self.mask.t(), gradient, 0)
-        return kernel(gradient, self.mask, self._content)
+        kernel(gradient, self.mask, self._content)
+        return None
 
     def _kernel_for(self, gradient: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
         """What masks it in place; None if nothing may."""
@@ -143,7 +147,9 @@ class SparsePattern(Pattern):
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask, pack_bits(mask))
         self.mask = mask
-        self._index("pattern_tensors", mask.flatten(1))
+        rows = mask.flatten(1)
+        self._transposed = 1, rows.shape[1]  # strides of the transpose of a contiguous gradient
+        self._index("pattern_tensors", rows)
 
     def _packed(self, source: Tensor) -> Tensor:
         return pack_bits(source)
