@@ -118,17 +118,15 @@ def chain_trains(layers: int, rows: int, weights: int, nnz: int) -> bool:
         return _mode == "sparse"
     if rows * weights > TRAINING_LARGEST:
         return False
-    density, survivors = _training_chain(rows, torch.get_num_threads())
+    density, survivors = _training_chain(rows)
     return nnz < weights * density and nnz <= survivors * (layers - 1) / 2
 
 
 @lru_cache(maxsize=4096)
-def _training_chain(rows: int, threads: int) -> tuple[float, float]:
-    """Limits of density and survivors. A part of the batch, 64 rows, is one thread's: more threads than that have more to do by layer (predicted)."""
+def _training_chain(rows: int) -> tuple[float, float]:
+    """Limits of density and survivors. Threads do not count: the bits would depend on their number."""
     i, x = _between(ROWS, rows)
     survivors = TRAINING_SURVIVORS[i] ** (1 - x) * TRAINING_SURVIVORS[i + 1] ** x
-    if threads > max(2, -(-rows // 64)):
-        survivors = min(survivors, TRAINING_SURVIVORS[0])
     return (1 - x) * TRAINING_CHAINS[i] + x * TRAINING_CHAINS[i + 1], survivors
 
 

@@ -585,6 +585,22 @@ def test_where_layers_alone_pay_they_are_called():
         assert not choice.chain_trains(3, 4096, 1 << 20, 1 << 16)  # activations beyond the caches
 
 
+@pytest.mark.parametrize(("rows", "density"), [(3, 0.1), (60, 0.05), (60, 0.3), (300, 0.5)])
+def test_what_is_chosen_does_not_depend_on_threads(rows, density):
+    ours, x, dy = model(300, 200, 100, 10, density=density), torch.randn(rows, 300), torch.randn(rows, 10)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3, 16):
+            torch.set_num_threads(count)
+            with prefer("auto"), choice.built_in():
+                found.append([bits(g) for g in gradients(ours, x, dy)])
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_layers_beyond_the_limit_train_alone():
     wide = layer(2100, 1000, 0.2)
     ours = SparseSequential(wide, nn.ReLU(), layer(1000, 10, seed=1))
