@@ -166,13 +166,14 @@ class _Run:
                 return None
             patterns.append(layer._fresh_pattern())
             parameters += found["weight_values"], found["bias"]
-        if patterns != self.plans.patterns:
-            self.plans = _Plans(patterns)
+        plans = self.plans
+        if patterns != plans.patterns:
+            plans = self.plans = _Plans(patterns)
         if torch.is_grad_enabled():
             for p in (x, *parameters):
                 if p is not None and p.requires_grad:
-                    return self._train(x, self.plans, parameters)
-        return self._infer(x, self.plans, parameters)
+                    return self._train(x, plans, parameters)
+        return self._infer(x, plans, parameters)
 
     def _infer(self, x: Tensor, plans: _Plans, parameters: Parameters) -> Tensor | None:
         seen: list[Any] = []

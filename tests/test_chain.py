@@ -44,6 +44,27 @@ def dense_of(ours, dtype=None):
     return nn.Sequential(*layers).to(dtype)
 
 
+def in_threads(work):
+    """work(number) in four threads at once."""
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def with_threads(counts, call):
+    """What call() gives with each of torch's numbers of threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            found.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
 def runs_counted(call):
     before = ops.CALLS["sparse_chain", "numba"]
     result = call()
@@ -84,16 +105,10 @@ def test_densities_biases_and_a_relu_at_the_end(rows, density, bias, last_relu):
 
 @pytest.mark.parametrize("rows", [1, 3, 40, 300])
 def test_the_bits_do_not_depend_on_threads(rows):
-    ours, x, before = model(784, 300, 100, 10), torch.randn(rows, 784), torch.get_num_threads()
-    try:
-        found = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            with torch.no_grad():
-                found.append(bits(ours(x)))
-        assert all(torch.equal(found[0], other) for other in found[1:])
-    finally:
-        torch.set_num_threads(before)
+    ours, x = model(784, 300, 100, 10), torch.randn(rows, 784)
+    with torch.no_grad():
+        found = with_threads((1, 2, 3), lambda: bits(ours(x)))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 64, 256])
@@ -375,11 +390,7 @@ def test_threads_that_share_a_network_whose_values_were_just_changed(round):
                         wrong.append((number, step))
 
     wanted = [None]
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_threads(work)
     assert not wrong
 
 

@@ -2,13 +2,12 @@
 
 import copy
 import gc
-import threading
 import weakref
 from itertools import pairwise
 
 import pytest
 import torch
-from test_chain import dense_of, layer, model
+from test_chain import dense_of, in_threads, layer, model, with_threads
 from tolerance import assert_close_to_exact, bits
 from torch import nn
 from torch.func import functional_call
@@ -105,21 +104,10 @@ def test_densities_biases_and_a_relu_at_the_end(density, bias, last_relu):
 
 @pytest.mark.parametrize("rows", [3, 40, 300])
 def test_the_bits_do_not_depend_on_threads(rows):
-    ours, x, dy, before = (
-        model(784, 300, 100, 10),
-        torch.randn(rows, 784),
-        torch.randn(rows, 10),
-        torch.get_num_threads(),
-    )
-    try:
-        found = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append([bits(g) for g in gradients(ours, x, dy)])
-        for other in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    ours, x, dy = model(784, 300, 100, 10), torch.randn(rows, 784), torch.randn(rows, 10)
+    found = with_threads((1, 2, 3), lambda: [bits(g) for g in gradients(ours, x, dy)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_every_share_of_the_work_gives_the_same_bits():
@@ -545,16 +533,12 @@ def test_threads_that_train_copies_of_one_network():
     ours, x, dy = model(784, 300, 100, 10), torch.randn(60, 784), torch.randn(60, 10)
     want, wrong = gradients(ours, x, dy), []
 
-    def work():
+    def work(number):
         for _ in range(20):
             if not all(torch.equal(a, b) for a, b in zip(gradients(ours, x, dy), want, strict=True)):
                 wrong.append(1)
 
-    workers = [threading.Thread(target=work) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_threads(work)
     assert not wrong
 
 
@@ -588,17 +572,10 @@ def test_where_layers_alone_pay_they_are_called():
 @pytest.mark.parametrize(("rows", "density"), [(3, 0.1), (60, 0.05), (60, 0.3), (300, 0.5)])
 def test_what_is_chosen_does_not_depend_on_threads(rows, density):
     ours, x, dy = model(300, 200, 100, 10, density=density), torch.randn(rows, 300), torch.randn(rows, 10)
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for count in (1, 2, 3, 16):
-            torch.set_num_threads(count)
-            with prefer("auto"), choice.built_in():
-                found.append([bits(g) for g in gradients(ours, x, dy)])
-        for other in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    with prefer("auto"), choice.built_in():
+        found = with_threads((1, 2, 3, 16), lambda: [bits(g) for g in gradients(ours, x, dy)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_layers_beyond_the_limit_train_alone():

@@ -40,7 +40,7 @@ from .memory import working_memory
 from .products import SERIAL, widths_of
 from .slices import multiply_slices, slices_of
 from .spmm_ir import LANES, ROWS, compute_pointer, load, shifted, storage_pointer, store
-from .survivors import KINDS, PLACES, SLACK
+from .survivors import KINDS, PLACES, SLACK, take_places
 from .tiles import ZERO, pack, unpack
 from .vector import full_vectors, pointer
 
@@ -86,10 +86,7 @@ def _fill_slices(kind, layer):
     """The values of the copy in the order of the slices."""
     values = storage_pointer(layer[_COPY], kind)
     source, out = storage_pointer(layer[_SOURCE], PLACES), compute_pointer(layer[_SLICE_VALUES], kind)
-    for slot in range(layer[_SLOTS]):
-        place = np.int64(source[slot])
-        value = load(values, max(place, np.int64(0)))
-        store(out, slot, value if place >= 0 else ZERO)
+    take_places(values, source, layer[_SLOTS], out)
 
 
 @jit()

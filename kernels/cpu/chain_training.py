@@ -14,31 +14,17 @@ from typing import cast
 
 import numpy as np
 import torch
-from numba import carray, int32, prange
+from numba import prange
 from torch import Tensor
 
+from .chain_gradients import CURSOR, TILE_IN, TILE_OUT, chain_backward
 from .chain_layers import (
-    BYTES,
     FIELDS,
-    FIRST_SURVIVORS,
-    GRAD_BIAS,
-    GRAD_VALUES,
     INPUTS,
-    NNZ,
-    OTHERS,
     OUTPUTS,
-    PANELS,
-    PER_PANEL,
-    RECORDS,
-    RELU,
-    UNIT_BLOCKS,
-    UNIT_COLUMNS,
-    UNITS,
     VALUES,
-    block_columns,
     describe,
     layer_forward,
-    multiply_units,
     order_units,
     rows_of,
 )
@@ -46,17 +32,11 @@ from .jit import jit, threads
 from .memory import working_memory
 from .pattern import PANEL
 from .products import widths_of
-from .spmm_ir import LANES, ROWS, compute_pointer, correlate_unit, load, shifted, storage_pointer, store
-from .survivors import KINDS, PLACES, SLACK, STARTS, begin_rows, leave
-from .tiles import ZERO, pack, unpack
-from .vector import pointer
+from .spmm_ir import LANES, ROWS, compute_pointer, shifted, storage_pointer
+from .survivors import KINDS, SLACK
+from .tiles import pack, unpack
 
-# The transposed index, where a layer's tiles begin in a part's (in lines), and likewise those of their gradients.
-_PANELS_T, _BLOCKS_T, _PER_PANEL_T, _UNITS_T, _COLUMNS_T, _PLACES_T, _SLOTS_T = range(OTHERS, OTHERS + 7)
-_IN, _OUT, _GRAD_IN, _GRAD_OUT = range(OTHERS + 7, OTHERS + 11)
-_CURSOR = 8 * PANEL  # bytes
 SERIAL = 1 << 20  # multiply-adds below which a second thread costs more than it saves
-_ONE = np.float32(1)
 
 
 @jit()
@@ -68,7 +48,7 @@ def _forward_share(width, kind, plan, x_at, y_at, rows, parts, lines, tiles_at, 
     layers, lanes = plan.shape[0], len(width) * LANES
     K, N = plan[0, INPUTS], plan[layers - 1, OUTPUTS]
     x, y, tiles = storage_pointer(x_at, kind), storage_pointer(y_at, kind), compute_pointer(tiles_at, kind)
-    values = compute_pointer(scratch + _CURSOR, kind)
+    values = compute_pointer(scratch + CURSOR, kind)
     for part in range(first, last):
         b = part * lanes
         pack(width, shifted(x, b * K), K, 1, rows - b, K, shifted(tiles, part * lines * lanes))
@@ -78,11 +58,16 @@ def _forward_share(width, kind, plan, x_at, y_at, rows, parts, lines, tiles_at, 
         for part in range(first, last):
             tile = shifted(tiles, part * lines * lanes)
             layer_forward(
-                width, kind, layer, values, shifted(tile, layer[_IN] * lanes), shifted(tile, layer[_OUT] * lanes)
+                width,
+                kind,
+                layer,
+                values,
+                shifted(tile, layer[TILE_IN] * lanes),
+                shifted(tile, layer[TILE_OUT] * lanes),
             )
     for part in range(first, last):
         b = part * lanes
-        tile = shifted(tiles, (part * lines + plan[layers - 1, _OUT]) * lanes)
+        tile = shifted(tiles, (part * lines + plan[layers - 1, TILE_OUT]) * lanes)
         unpack(width, tile, N, rows - b, shifted(y, b * N), N)
 
 
@@ -99,193 +84,6 @@ def _forward_parallel(
     for t in prange(workers):
         share, memory = (parts * t // workers, parts * (t + 1) // workers), scratch + t * bytes_each
         _forward_share(width, kind, plan, x_at, y_at, rows, share, lines, tiles_at, memory)
-
-
-@jit()
-def _pass_relu(activations, gradients, count):
-    """As torch's: 0 where the activation is 0 or less, and not where it is NaN."""
-    for j in range(count):
-        gradient = load(gradients, j)
-        store(gradients, j, ZERO if load(activations, j) <= ZERO else gradient)
-
-
-@jit()
-def _order_places(kind, layer, out):
-    """The layer's values in the order of the transposed index."""
-    values, places = storage_pointer(layer[VALUES], kind), storage_pointer(layer[_PLACES_T], PLACES)
-    for s in range(layer[_SLOTS_T]):
-        place = np.int64(places[s])
-        value = load(values, max(place, np.int64(0)))
-        store(out, s, value if place >= 0 else ZERO)
-
-
-@jit()
-def _descend_share(width, kind, plan, dy_at, dx_at, rows, parts, sizes, tiles_at, gradients_at, scratch):
-    """The gradients of parts parts[0]..parts[1] at the output of every layer from the last to the one called `lowest` (-1: at x, too)."""
-    first, last = parts
-    if first >= last:
-        return
-    lines, gradient_lines, lowest = sizes
-    layers, lanes = plan.shape[0], len(width) * LANES
-    K, N = plan[0, INPUTS], plan[layers - 1, OUTPUTS]
-    dy, dx = storage_pointer(dy_at, kind), storage_pointer(dx_at, kind)
-    tiles, gradients = compute_pointer(tiles_at, kind), compute_pointer(gradients_at, kind)
-    values = compute_pointer(scratch, kind)
-    for part in range(first, last):
-        b = part * lanes
-        tile = shifted(gradients, (part * gradient_lines + plan[layers - 1, _GRAD_OUT]) * lanes)
-        pack(width, shifted(dy, b * N), N, 1, rows - b, N, tile)
-        if plan[layers - 1, RELU]:
-            _pass_relu(shifted(tiles, (part * lines + plan[layers - 1, _OUT]) * lanes), tile, N * lanes)
-    for i in range(layers - 1, lowest, -1):
-        layer = plan[i]
-        width_in, panels, blocks, per_panel = layer[INPUTS], layer[_PANELS_T], layer[_BLOCKS_T], layer[_PER_PANEL_T]
-        block = block_columns(layer[OUTPUTS], blocks)
-        index = panels, blocks, per_panel, block, layer[_UNITS_T], layer[_COLUMNS_T]
-        _order_places(kind, layer, values)
-        for part in range(first, last):
-            tile = shifted(gradients, part * gradient_lines * lanes)
-            below = shifted(tile, layer[_GRAD_IN] * lanes)
-            for j in range(panels * per_panel * ROWS * lanes):
-                store(below, j, ZERO)
-            multiply_units(width, index, values, shifted(tile, layer[_GRAD_OUT] * lanes), below)
-            if i and plan[i - 1, RELU]:
-                _pass_relu(shifted(tiles, (part * lines + layer[_IN]) * lanes), below, width_in * lanes)
-    if lowest < 0:
-        for part in range(first, last):
-            b = part * lanes
-            tile = shifted(gradients, (part * gradient_lines + plan[0, _GRAD_IN]) * lanes)
-            unpack(width, tile, K, rows - b, shifted(dx, b * K), K)
-
-
-@jit()
-def _panel_gradient(width, kind, layer, p, target, parts, lines, gradient_lines, tiles, gradients, scratch):
-    """The gradient of the values of panel p, to `target`."""
-    lanes, panel = len(width) * LANES, layer[PER_PANEL] * ROWS
-    blocks, per_panel, n0 = layer[UNIT_BLOCKS], layer[PER_PANEL], p * panel
-    block = block_columns(layer[INPUTS], blocks)
-    units, columns = storage_pointer(layer[UNITS], RECORDS), storage_pointer(layer[UNIT_COLUMNS], BYTES)
-    cursor, sums = storage_pointer(scratch, STARTS), compute_pointer(scratch + _CURSOR, kind)
-    begin_rows(target, n0, min(layer[OUTPUTS] - n0, panel), cursor)
-    begin, last = (
-        np.int64(units[p * blocks * per_panel * 4 + 3]),
-        shifted(units, ((p + 1) * blocks * per_panel - 1) * 4),
-    )
-    end = np.int64(last[3]) + ROWS * np.int64(np.uint32(last[2]) >> np.uint32(16))
-    for s in range(end - begin):
-        store(sums, s, ZERO)
-    for part in range(parts):
-        x_tile = shifted(tiles, (part * lines + layer[_IN]) * lanes)
-        dy_panel = shifted(gradients, (part * gradient_lines + layer[_GRAD_OUT] + n0) * lanes)
-        for kb in range(blocks):
-            records = shifted(units, (p * blocks + kb) * per_panel * 4)
-            slot, x_block = np.int64(records[3]), shifted(x_tile, kb * block * lanes)
-            for u in range(per_panel):
-                steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
-                numbers, here = np.uint32(records[4 * u]), shifted(sums, slot - begin)
-                correlate_unit(width, shifted(columns, slot), here, x_block, dy_panel, numbers, steps)
-                slot += ROWS * steps
-    for kb in range(blocks):
-        records = shifted(units, (p * blocks + kb) * per_panel * 4)
-        done = shifted(sums, np.int64(records[3]) - begin)
-        leave(target, kind, records, per_panel, columns, done, n0, kb, block, cursor, sums)
-
-
-@jit()
-def _panel_bias(width, kind, layer, p, db_at, parts, gradient_lines, gradients, scratch):
-    """The gradient of the biases of panel p: sums of lanes, as products with a line of ones."""
-    lanes, panel = len(width) * LANES, layer[PER_PANEL] * ROWS
-    n0 = p * panel
-    ones, sums, db = (
-        compute_pointer(scratch, kind),
-        compute_pointer(scratch + _CURSOR, kind),
-        storage_pointer(db_at, kind),
-    )
-    zeros = shifted(storage_pointer(scratch, BYTES), 8 * lanes)
-    for i in range(ROWS):
-        zeros[i] = 0
-    for i in range(lanes):
-        store(ones, i, _ONE)
-    for i in range(panel):
-        store(sums, i, ZERO)
-    four = np.uint32(0x03020100)
-    for part in range(parts):
-        tile = shifted(gradients, (part * gradient_lines + layer[_GRAD_OUT] + n0) * lanes)
-        for i in range(0, panel, ROWS):
-            correlate_unit(width, zeros, shifted(sums, i), ones, shifted(tile, i * lanes), four, np.int64(1))
-    for i in range(min(layer[OUTPUTS] - n0, panel)):
-        store(db, n0 + i, load(sums, i))
-
-
-@jit()
-def _gradients_share(width, kind, plan, owners, me, parts, sizes, tiles_at, gradients_at, scratch):
-    """The gradients of values and biases of the panels that worker `me` owns."""
-    lines, gradient_lines, _ = sizes
-    tiles, gradients = compute_pointer(tiles_at, kind), compute_pointer(gradients_at, kind)
-    flat = 0
-    for i in range(plan.shape[0]):
-        layer = plan[i]
-        target = layer[GRAD_VALUES], layer[FIRST_SURVIVORS], layer[NNZ], np.int64(0)
-        for p in range(layer[PANELS]):
-            if owners[flat] == me:
-                if layer[GRAD_VALUES]:
-                    _panel_gradient(
-                        width, kind, layer, p, target, parts, lines, gradient_lines, tiles, gradients, scratch
-                    )
-                if layer[GRAD_BIAS]:
-                    _panel_bias(width, kind, layer, p, layer[GRAD_BIAS], parts, gradient_lines, gradients, scratch)
-            flat += 1
-
-
-@jit(parallel=True)
-def _descend_parallel(
-    workers, bytes_each, width, kind, plan, dy_at, dx_at, rows, parts, sizes, tiles_at, gradients_at, scratch
-):
-    for t in prange(workers):
-        share, memory = (parts * t // workers, parts * (t + 1) // workers), scratch + t * bytes_each
-        _descend_share(width, kind, plan, dy_at, dx_at, rows, share, sizes, tiles_at, gradients_at, memory)
-
-
-@jit(parallel=True)
-def _gradients_parallel(workers, bytes_each, width, kind, plan, owners, parts, sizes, tiles_at, gradients_at, scratch):
-    for t in prange(workers):
-        memory = scratch + t * bytes_each
-        _gradients_share(width, kind, plan, owners, t, parts, sizes, tiles_at, gradients_at, memory)
-
-
-@jit()
-def _backward(
-    workers,
-    bytes_each,
-    width,
-    kind,
-    plan_at,
-    owners_at,
-    counts,
-    dy_at,
-    dx_at,
-    rows,
-    parts,
-    sizes,
-    tiles_at,
-    gradients_at,
-    scratch,
-):
-    """counts: layers, panels of all."""
-    plan = rows_of(plan_at, counts[0])
-    owners = carray(pointer(np.uintp(owners_at), int32), counts[1])
-    descending, gathering = workers
-    at = tiles_at, gradients_at
-    if descending > 1:
-        _descend_parallel(
-            descending, bytes_each, width, kind, plan, dy_at, dx_at, rows, parts, sizes, at[0], at[1], scratch
-        )
-    else:
-        _descend_share(width, kind, plan, dy_at, dx_at, rows, (0, parts), sizes, at[0], at[1], scratch)
-    if gathering > 1:
-        _gradients_parallel(gathering, bytes_each, width, kind, plan, owners, parts, sizes, at[0], at[1], scratch)
-    else:
-        _gradients_share(width, kind, plan, owners, 0, parts, sizes, at[0], at[1], scratch)
 
 
 def lanes_of(batch: int) -> tuple[int, ...]:
@@ -328,7 +126,7 @@ class TrainingPlan:
         most = max(
             PANEL, *(max(index[1].numel(), index[4].numel()) for index in self.indices)
         )  # elements, or bias sums
-        self.bytes_each = -(-(most + SLACK) * self.compute.itemsize // 64) * 64 + _CURSOR
+        self.bytes_each = -(-(most + SLACK) * self.compute.itemsize // 64) * 64 + CURSOR
         self._owners: dict[int, np.ndarray] = {}
 
     def owners(self, workers: int) -> np.ndarray:
@@ -401,7 +199,7 @@ class TrainingPlan:
         tile_bytes = -(-parts * gradient_lines * lanes * self.compute.itemsize // 64) * 64
         memory = working_memory(tile_bytes + max(workers) * self.bytes_each)
         at = memory.data_ptr()
-        _backward(
+        chain_backward(
             *(workers, self.bytes_each, width, self.kind, fields.ctypes.data, owners.ctypes.data),
             *((len(fields), len(owners)), dy.data_ptr(), 0 if dx is None else dx.data_ptr(), rows, parts),
             *((self.lines, gradient_lines, lowest), tiles.data_ptr(), at, at + tile_bytes),

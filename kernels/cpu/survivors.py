@@ -85,16 +85,21 @@ def _gather_rows(records, count, values, cursor, out):
 
 
 @jit()
+def take_places(values, places, count, out):
+    """out[i] = values[places[i]], 0 where that is -1."""
+    for i in range(count):
+        place = np.int64(places[i])
+        value = load(values, max(place, np.int64(0)))
+        store(out, i, value if place >= 0 else ZERO)
+
+
+@jit()
 def _gather_places(records, count, values, places, out):
     """out[slot] = values[places[slot]], padding 0. Returns the number of slots."""
     first = np.int64(records[3])
     last = shifted(records, (count - 1) * 4)
     slots = np.int64(last[3]) - first + ROWS * np.int64(np.uint32(last[2]) >> np.uint32(16))
-    line = shifted(places, first)
-    for s in range(slots):
-        place = np.int64(line[s])
-        value = load(values, max(place, np.int64(0)))
-        store(out, s, value if place >= 0 else ZERO)
+    take_places(values, shifted(places, first), slots, out)
     return slots
 
 
