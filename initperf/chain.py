@@ -223,8 +223,8 @@ class _Run:
             return None
         if not chain_training.fits(run, parameters):
             return None
-        for layer in self.layers:
-            layer.leave_inference()
+        for layer, values in zip(self.layers, parameters[::2], strict=True):
+            layer.leave_inference(cast(Tensor, values))
         y = chain_training.train(run, flat.contiguous(), parameters)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], plan.outputs)
 

@@ -91,7 +91,7 @@ class SparseLinear(SparseLayer):
             return nn.functional.linear(input, weight, bias)
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)
         if plain and torch.is_grad_enabled():
-            self.leave_inference()
+            self.leave_inference(values)
         elif plain and rows * columns >= kept.LEAST and pattern.tensors:
             more = pattern.tensors[2].data_ptr(), pattern.nnz, 0
             if (y := kept.linear(self, "sparse", flat, bias, pattern, values, more)) is not None:
@@ -110,10 +110,10 @@ class SparseLinear(SparseLayer):
         y = op(flat, values, bias, bits, rows, pattern.tensors)
         return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
 
-    def leave_inference(self) -> None:
-        """Give back what inference keeps (initperf/kept.py), before a step of training."""
+    def leave_inference(self, values: Tensor) -> None:
+        """Give back what inference keeps (initperf/kept.py), before a step of training with these values."""
         if self._kept is not None and self._kept.copy is not None:
-            self._kept.drop(kept.state_of(self._pattern, cast(Tensor, self._parameters["weight_values"])))
+            self._kept.drop(kept.state_of(self._pattern, values))
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -14,6 +14,7 @@ from initperf.kernels.cpu.sparse_pattern import sparse_tensors
 from test_overwritten import WRITES
 from tolerance import assert_close_to_exact, bits
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from initperf import MaskedLinear, SparseLinear, choice, densify, kept, ops
 from initperf.pattern import pack_bits
@@ -382,6 +383,18 @@ def test_a_call_with_gradients_drops_what_was_written_alone(kind):
         values_of(layer).mul_(1.5)
     layer(torch.randn(1, 300))
     assert layer._kept.copy is None
+
+
+@watches
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_is_parametrized_after_inference_trains(kind):
+    layer = made(kind)
+    check(layer)
+    name = next(name for name, p in layer.named_parameters() if p is values_of(layer))
+    x = torch.randn(1, 300)
+    want = layer(x)
+    parametrize.register_parametrization(layer, name, torch.nn.Identity())
+    torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-5)
 
 
 @watches
