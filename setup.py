@@ -21,6 +21,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "initperf",
+        "initperf.core",
         "initperf.experiments",
         "initperf.data",
         "initperf.reference",

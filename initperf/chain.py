@@ -10,11 +10,16 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 
 from initperf import chain_training, choice, direct, ops
 from initperf.chain_training import Parameters
 from initperf.checks import FLOATS
+from initperf.core.torch_private import (
+    global_backward_hooks,
+    global_backward_pre_hooks,
+    global_forward_hooks,
+    global_forward_pre_hooks,
+)
 from initperf.masked import check_input
 from initperf.pattern import Pattern
 from initperf.sparse import SparseLinear
@@ -24,9 +29,6 @@ TRIES = 10
 SPARSEST = 64  # weights for one survivor: rows and column blocks without any take time, too
 SKIPPED = (nn.Identity, nn.Dropout)  # the latter in evaluation
 Part = Callable[[Tensor], Tensor]
-# Hooks of every module: one dict each, written in place.
-_FORWARD, _FORWARD_PRE = torch_modules._global_forward_hooks, torch_modules._global_forward_pre_hooks
-_BACKWARD, _BACKWARD_PRE = torch_modules._global_backward_hooks, torch_modules._global_backward_pre_hooks
 ops.register("sparse_chain", "chain")
 
 
@@ -109,7 +111,7 @@ class _Parts(NamedTuple):
 
     def observed(self) -> bool:
         """Whether something must see the children called: hooks, a forward of their own, dropout at work."""
-        if _FORWARD or _FORWARD_PRE or _BACKWARD or _BACKWARD_PRE:
+        if global_forward_hooks or global_forward_pre_hooks or global_backward_hooks or global_backward_pre_hooks:
             return True
         for module in self.in_runs:
             state = module.__dict__

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from initperf import direct, ops, sparse_ops
 from initperf.checks import InitPerfRuntimeError, fail
+from initperf.core.torch_private import single_level_apply
 from initperf.pattern import Pattern, version_of
 
 Parameters = Sequence[Tensor | None]  # values and bias or None, layer by layer
@@ -118,7 +119,7 @@ def _by_layers(
     return gradients
 
 
-_apply: Any = super(torch.autograd.Function, _Chain).apply  # where no transform of torch.func is at work
+_apply: Any = single_level_apply(_Chain)  # where no transform of torch.func is at work
 
 
 def train(run: Run, x: Tensor, parameters: Parameters) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import conv_ops, direct
+from initperf import conv_ops
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_mask_has_data, fail
 from initperf.conv_ops import ConvPattern
+from initperf.core.torch_private import transformed
 from initperf.masked_layer import MaskedLayer
 from initperf.sparse_layer import SparseLayer
 
@@ -71,7 +72,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         pattern = cast(ConvPattern, self._pattern if torch.compiler.is_compiling() else self._fresh_pattern())
         weight = self.weight
         check_images(self, input, weight.dtype)
-        if not torch.compiler.is_compiling() and direct.transformed():
+        if not torch.compiler.is_compiling() and transformed():
             # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own convolution
             return self._conv_forward(input, weight.masked_fill(~self.weight_mask, 0), self.bias)
         # Only the layer's own Parameter is known to obey the mask; a parametrized or functional weight may be anything.
@@ -149,7 +150,7 @@ class SparseConv2d(SparseLayer):
         pattern = cast(ConvPattern, self._pattern if torch.compiler.is_compiling() else self._fresh_pattern())
         values = self.weight_values
         check_images(self, input, values.dtype)
-        if not torch.compiler.is_compiling() and direct.transformed():
+        if not torch.compiler.is_compiling() and transformed():
             # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own convolution
             places = pattern.survivors.long()
             flat = torch.zeros(self.weight_shape.numel(), dtype=values.dtype, device=values.device)

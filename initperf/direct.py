@@ -7,23 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad as _forward_ad
 
 from initperf import ops
 from initperf.checks import InitPerfRuntimeError, fail
+from initperf.core.torch_private import (
+    any_autocast,
+    below_autograd,
+    dispatch_modes,
+    function_modes,
+    is_tracing,
+    transformed,
+)
 
 _is_compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_tracing_state = torch._C._get_tracing_state
-_function_transform = torch._C._functorch.peek_interpreter_stack
-_any_autocast = torch._C._is_any_autocast_enabled
+_is_traced = torch.compiler.is_dynamo_compiling  # sooner told; what export traces by itself is no plain Tensor
 _is_autocast_enabled = torch.is_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def plain(x: Tensor) -> bool:
     """Whether `x` has memory of its own and only autograd can be listening to an op on it: no mode, no transform, no tracing (of compilers and torch.jit), no tangents, no autocast, no subclass, no negation that is still to be done."""
-    if type(x) is not Tensor or _is_compiling():
+    if type(x) is not Tensor or _is_traced():
         return False
     try:
         x.data_ptr()
@@ -31,12 +35,11 @@ def plain(x: Tensor) -> bool:
         return False
     return (
         ((on_cpu := x.is_cpu) or x.is_cuda)
-        and not _dispatch_modes()
-        and not _function_modes()
-        and _function_transform() is None
-        and _tracing_state() is None
-        and _forward_ad._current_level < 0
-        and not (_any_autocast() and _is_autocast_enabled("cpu" if on_cpu else "cuda"))
+        and not dispatch_modes()
+        and not function_modes()
+        and not transformed()
+        and not is_tracing()
+        and not (any_autocast() and _is_autocast_enabled("cpu" if on_cpu else "cuda"))
         and not x.is_neg()
     )
 
@@ -45,10 +48,9 @@ def writable(gradient: Tensor) -> bool:
     """Whether kernels may be handed the memory of a gradient: only autograd, without create_graph, sees what they do. Sooner told than plain."""
     return (
         type(gradient) is Tensor
-        and not torch.is_grad_enabled()
-        and not _dispatch_modes()
-        and _function_transform() is None
-        and _forward_ad._current_level < 0
+        and not _is_grad_enabled()
+        and not dispatch_modes()
+        and not transformed()
         and not gradient.is_neg()
         and _has_memory(gradient)
     )
@@ -70,11 +72,6 @@ def check_saved(shapes: tuple[torch.Size, ...], *saved: Tensor) -> None:
             fail(f"a saved tensor of shape {tuple(shape)}", tuple(tensor.shape), kind=InitPerfRuntimeError)
 
 
-def transformed() -> bool:
-    """Whether a transform of torch.func, or forward-mode differentiation, is at work."""
-    return _function_transform() is not None or _forward_ad._current_level >= 0
-
-
 TINY = 1 << 14  # weights up to which three ops of torch take less time than Python's part of an autograd.Function
 
 
@@ -82,12 +79,12 @@ def below(op: Any, run: Callable[..., Tensor], *args: Any) -> Tensor:
     """An op as the forward of an autograd.Function calls it."""
     if plain(args[0]):
         return run(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return op(*args)
 
 
 def backward(op: Any, run: Callable[..., Tensor], *args: Any, reference: Callable[..., Tensor] | None = None) -> Tensor:
     """An op as a backward calls it: with gradients of its own only under create_graph, and of many gradients at once by torch's ops."""
-    if not torch.is_grad_enabled() and plain(args[0]):
+    if not _is_grad_enabled() and plain(args[0]):
         return run(*args)
     return op(*args) if _has_memory(args[0]) or _is_compiling() else (reference or ops.reference(op))(*args)

@@ -17,8 +17,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from initperf import ops, rng
 from initperf.checks import InitPerfRuntimeError, InitPerfTypeError, check_seed, fail
+from initperf.core.torch_private import correct_fan, fans, not_compiled
 from initperf.rng import Distribution
-from initperf.sampling import PLAIN_TYPES, has_no_values, is_plain, kind_of, not_compiled, write, write_orthogonal
+from initperf.sampling import PLAIN_TYPES, has_no_values, is_plain, kind_of, write, write_orthogonal
 
 ORIGINALS: dict[str, Callable[..., Tensor]] = {
     name: getattr(torch.nn.init, name)
@@ -36,8 +37,6 @@ ORIGINALS: dict[str, Callable[..., Tensor]] = {
 }
 SELECT_STREAM = 1  # of sparse_'s choice of zeros in the functional API; values are stream 0
 
-_fan_in_and_fan_out = torch.nn.init._calculate_fan_in_and_fan_out
-_correct_fan = torch.nn.init._calculate_correct_fan
 _gain = torch.nn.init.calculate_gain
 
 
@@ -156,7 +155,7 @@ def xavier_normal_(
 
 
 def _glorot(tensor: Tensor, gain: float) -> float:
-    fan_in, fan_out = _fan_in_and_fan_out(tensor)
+    fan_in, fan_out = fans(tensor)
     return gain * math.sqrt(2.0 / float(fan_in + fan_out))
 
 
@@ -200,7 +199,7 @@ def kaiming_normal_(
 
 
 def _he(tensor: Tensor, a: float, mode: Any, nonlinearity: Any) -> float:
-    fan = _correct_fan(tensor, mode)
+    fan = correct_fan(tensor, mode)
     return _gain(nonlinearity, a) / math.sqrt(fan)
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from initperf.core.torch_private import shard_offset
 from initperf.init_plan import Task
 from initperf.rescale import rescale_all
 from initperf.sampling import (
@@ -108,7 +109,4 @@ def local(parameter: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...] |
     """The memory to write: (tensor, global shape, where the tensor begins in it; None for a tensor that is the whole)."""
     if not is_sharded(parameter):
         return parameter, tuple(parameter.shape), None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, start = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
-    return parameter.to_local(), tuple(parameter.shape), tuple(start)  # type: ignore[attr-defined]
+    return parameter.to_local(), tuple(parameter.shape), shard_offset(parameter)  # type: ignore[attr-defined]

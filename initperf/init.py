@@ -9,8 +9,6 @@ sample_survivors_into.
 
 from torch.nn import init as _torch_init
 from torch.nn.init import (
-    _calculate_correct_fan,
-    _calculate_fan_in_and_fan_out,
     calculate_gain,
     constant,
     constant_,
@@ -22,6 +20,8 @@ from torch.nn.init import (
     zeros_,
 )
 
+from initperf.core.torch_private import correct_fan as _calculate_correct_fan
+from initperf.core.torch_private import fans as _calculate_fan_in_and_fan_out
 from initperf.dropins import (
     kaiming_normal,
     kaiming_normal_,

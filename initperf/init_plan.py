@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from initperf import parametrized, pretrained, rng, schemes
 from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
+from initperf.core.torch_private import DisableTorchFunction
 from initperf.reference.sample_many import unpacked
 from initperf.sampling import check_bits, is_plain, is_sharded
 from initperf.schemes import Init, Place
@@ -171,7 +172,7 @@ def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str
         task.keep, task.text, task.pretrained = True, "kept", False
         return
     check_float_tensor(place.parameter, task.name)
-    with torch._C.DisableTorchFunction():  # torch.device as a context keeps no parameter from being plain
+    with DisableTorchFunction():  # torch.device as a context keeps no parameter from being plain
         if not (is_plain(task.memory) or task.memory.is_meta or is_sharded(task.memory)):
             fail(f"{task.name} to be a plain tensor, or scheme 'keep'", type(task.memory).__name__)
         if task.bits is not None and is_sharded(task.memory):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from initperf import choice, direct, kept, masked_ops, ops
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
+from initperf.core.torch_private import transformed
 from initperf.kept import Kept
 from initperf.masked_layer import MaskedLayer
 from initperf.pattern import Way
@@ -83,7 +84,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             fail(f"a weight of shape {tuple(mask.shape)}", tuple(weight.shape), kind=InitPerfRuntimeError)
         shape = input.shape
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)
-        if not (plain or compiling) and direct.transformed():
+        if not (plain or compiling) and transformed():
             # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own product
             return nn.functional.linear(input, weight.masked_fill(~mask, 0), bias)
         own = self._is_own(weight)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from initperf import direct, ops
 from initperf.choice import sparse_pays
+from initperf.core.torch_private import single_level_apply
 from initperf.reference import masked_matmul as reference
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ class _OwnLinear(torch.autograd.Function):
         return *cast(ModuleType, _own_dense()).gradients(dy, x, weight, mask, None, needs), None
 
 
-_apply: Any = super(torch.autograd.Function, _Linear).apply  # where no transform of torch.func is at work
-_apply_own: Any = super(torch.autograd.Function, _OwnLinear).apply
+_apply: Any = single_level_apply(_Linear)  # where no transform of torch.func is at work
+_apply_own: Any = single_level_apply(_OwnLinear)
 
 
 class _GradInput(torch.autograd.Function):

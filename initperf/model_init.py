@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from initperf import parametrized, rng
 from initperf.checks import (
@@ -17,6 +16,7 @@ from initperf.checks import (
     check_seed,
     fail,
 )
+from initperf.core.torch_private import DisableTorchFunction, NormBase
 from initperf.filling import SEPARATE, Figures, fill, local
 from initperf.init_plan import Scheme, Task, attach_masks, plan
 from initperf.materialize import check_buffers, materialize
@@ -117,7 +117,7 @@ def initialize(
         check_layers({t.place.module: (t.name, t.place.leaf) for t in tasks if t.mask is not None})
         missed = layers.keys() - reached(model, sample, layers)
         check(not missed, "a sample that reaches every masked layer", f"no call of {missed}")
-    with torch._C.DisableTorchFunction():  # torch.device as a context must not move the seed's tensor
+    with DisableTorchFunction():  # torch.device as a context must not move the seed's tensor
         seed = rng.draw_seed(None) if seed is None else check_seed(seed)
 
     if on_meta or buffers:
@@ -169,7 +169,7 @@ def _execute(
 ) -> None:
     """Write everything; `exact` and `figures` as initperf.filling.fill has them."""
     for module in model.modules():
-        if isinstance(module, _NormBase):
+        if isinstance(module, NormBase):
             module.reset_running_stats()
     for task in tasks:
         if task.given and task.place.leaf == "weight" and hasattr(task.place.module, "set_mask"):

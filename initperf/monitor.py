@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check, fail
+from .core.torch_private import ConvNd, NormBase, graph_task, has_unscaled, is_compiled, scale_of
 from .layer_trace import RELU_LIKE, LayerTrace, tensors_in
 from .records import BACKWARD, BEFORE, FORWARD, GRADIENT, INPUT, INPUT_GRAD, UPDATE, Key, Reading, Record
 from .stats import moments
@@ -232,11 +233,10 @@ class VarianceMonitor:
 
     def _is_unscaled(self) -> bool:
         """Whether parameters' gradients were divided by the scale already: by unscale_, or by the scaler's step before its update."""
-        scaler = self.scaler
-        if scaler is None or (scaler._scale is not None and scaler._scale._version != self._scale_version):
+        if self.scaler is None:
             return True
-        stages = (state["stage"] for state in scaler._per_optimizer_states.values())
-        return any(stage is not torch.amp.grad_scaler.OptState.READY for stage in stages)
+        scale = scale_of(self.scaler)
+        return (scale is not None and scale._version != self._scale_version) or has_unscaled(self.scaler)
 
     def _take_forward(self, name: str, h: Tensor | None, f: Tensor) -> None:
         found = {(name, FORWARD): f.detach()}
@@ -249,8 +249,8 @@ class VarianceMonitor:
             self._highest[name].append(moments(f.detach(), dim=[d for d in range(f.dim()) if d != unit], order=2).max)
 
     def _take_gradient(self, name: str, what: str, gradient: Tensor) -> None:
-        if self.scaler is not None and self._scale_seen is None and self.scaler._scale is not None:
-            self._scale_seen, self._scale_version = self.scaler._scale.clone(), self.scaler._scale._version
+        if self.scaler is not None and self._scale_seen is None and (scale := scale_of(self.scaler)) is not None:
+            self._scale_seen, self._scale_version = scale.clone(), scale._version
         if (name, what) in self._pending:
             self._flush()
         self._pending[name, what] = gradient.detach()
@@ -350,14 +350,14 @@ def _first_float(value: Any) -> Tensor | None:
 
 def _unit_dimension(layer: nn.Module, dimensions: int) -> int:
     """Which dimension of a layer's output counts its units: channels, also of an image without a batch; else the last."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, ConvNd):
         return dimensions - 1 - len(layer.kernel_size)
-    return 1 if isinstance(layer, (nn.modules.batchnorm._NormBase, nn.GroupNorm)) else dimensions - 1
+    return 1 if isinstance(layer, (NormBase, nn.GroupNorm)) else dimensions - 1
 
 
 def _recomputing() -> bool:
     """Whether autograd is running this forward pass again, for activation checkpointing."""
-    return torch._C._current_graph_task_id() != -1
+    return graph_task() != -1
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -372,10 +372,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _refuse_compiled(model: nn.Module) -> None:
     for module in model.modules():
-        if (
-            isinstance(module, torch._dynamo.OptimizedModule)
-            or getattr(module, "_compiled_call_impl", None) is not None
-        ):
+        if is_compiled(module):
             expected = (
                 "a model that is not compiled, since hooks on one never fire: watch the model given to torch.compile"
             )

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from initperf.core.torch_private import below_autocast
+
 LIB = torch.library.Library("initperf", "DEF")
 MODULES: dict[str, str] = {}  # op name -> module below kernels/cpu and kernels/gpu
 CALLS: Counter[tuple[str, str]] = Counter()  # (op name, backend) -> calls in this process
@@ -57,7 +59,7 @@ def implementation(name: str, device_type: str) -> Callable[..., Any]:
 
 def reference(op: Any) -> Callable[..., Any]:
     """The implementation of an OpOverload in plain torch, which every transform of torch knows."""
-    name = op._schema.name.split("::")[1]
+    name = op.name().split("::")[1]
     function: Callable[..., Any] = getattr(import_module(f"initperf.reference.{MODULES[name]}"), name)
     return function
 
@@ -91,13 +93,12 @@ def differentiate(name: str, function: Callable[..., Any]) -> None:
 
 def autocast(op: Any) -> None:
     """Under autocast, cast the op's float32 and 16-bit tensors to autocast's dtype, as for torch's own matrix products."""
-    name = op._schema.name.split("::")[1]
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+    name = op.name().split("::")[1]
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def lower(*args: Any, device: str = device) -> Any:
             dtype = torch.get_autocast_dtype(device)
-            with torch._C._ExcludeDispatchKeyGuard(keys):
+            with below_autocast():
                 return op(*(_lowered(a, dtype) for a in args))
 
         LIB.impl(name, lower, key)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from initperf.core.torch_private import OrthogonalStep, SpectralNormStep, WeightNormStep
 from initperf.redirect import fast_init_by_name
 
 _POWER_STEPS = 15  # as torch takes when it registers spectral_norm
@@ -30,7 +31,7 @@ def splits(model: nn.Module) -> Iterator[Split]:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         for leaf, chain in _chains(module):
-            if len(chain) == 1 and isinstance(chain[0], parametrizations._WeightNorm):
+            if len(chain) == 1 and isinstance(chain[0], WeightNormStep):
                 below = f"{prefix}parametrizations.{leaf}.original"
                 yield Split(f"{below}1", f"{below}0", path, leaf)
         for hook in module._forward_pre_hooks.values():
@@ -60,9 +61,9 @@ def finish(model: nn.Module, written: set[int], seed: int) -> set[int]:
             if original is None or id(original) not in written:
                 continue
             with fast_init_by_name(seed, f"{path}.{leaf}"):
-                if isinstance(chain[0], parametrizations._Orthogonal) and _assign(module, leaf, original):
+                if isinstance(chain[0], OrthogonalStep) and _assign(module, leaf, original):
                     changed.add(id(original))
-                if any(isinstance(step, parametrizations._SpectralNorm) for step in chain):
+                if any(isinstance(step, SpectralNormStep) for step in chain):
                     _iterate(chain)
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm) and id(getattr(module, f"{hook.name}_orig")) in written:

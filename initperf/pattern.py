@@ -14,6 +14,7 @@ from torch import Tensor
 from initperf import direct, ops, sampling
 from initperf.checks import InitPerfRuntimeError, fail
 from initperf.choice import MOST
+from initperf.core.torch_private import function_transform, hook
 from initperf.reference.sample_many import unpacked
 
 _CALLS = ops.CALLS
@@ -92,8 +93,7 @@ class Pattern:
         if not weight.requires_grad:
             return weight
         view = weight.view_as(weight)
-        view._backward_hooks = OrderedDict({0: self._mask_gradient})  # register_hook, without its handle
-        view.grad_fn._register_hook_dict(view)  # type: ignore[union-attr]
+        hook(view, OrderedDict({0: self._mask_gradient}))
         return view
 
     _transposed: tuple[int, int]
@@ -102,8 +102,7 @@ class Pattern:
         """The same for the transpose (K, N) of a weight (N, K), which torch's own nn.Linear makes too: it takes 3 us less."""
         view = weight.t()
         if view.requires_grad:
-            view._backward_hooks = {0: self._mask_transpose}
-            view.grad_fn._register_hook_dict(view)  # type: ignore[union-attr]
+            hook(view, {0: self._mask_transpose})
         return view
 
     def _mask_gradient(self, gradient: Tensor | None) -> Tensor | None:
@@ -192,7 +191,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool mask of `shape`."""
     size = math.prod(shape)
-    if bits.device.type == "cpu" and torch._C._functorch.peek_interpreter_stack() is None:
+    if bits.device.type == "cpu" and function_transform() is None:
         flat = np.unpackbits(bits.detach().numpy(), count=size, bitorder="little")
         return torch.from_numpy(flat).view(torch.bool).view(*shape)
     return unpacked(bits)[:size].view(*shape)

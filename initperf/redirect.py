@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._device import DeviceContext
 
 from initperf import dropins, rng
 from initperf.checks import InitPerfError, check_seed
+from initperf.core.torch_private import DeviceContext, DisableTorchFunction, function_mode_stack, init_worker
 from initperf.sampling import is_plain, written
 
 _THREAD = threading.local()
@@ -71,7 +71,7 @@ def fast_init_by_name(seed: int, name: str) -> Iterator[None]:
     """fast_init seeded by a seed and a module's name; torch's default CPU generator too, for what is not redirected, and put back after."""
     digest = hashlib.sha256(f"{seed}:{rng.canonical_name(name)}".encode()).digest()
     named = int.from_bytes(digest[:8], "little")
-    with torch._C.DisableTorchFunction():  # torch.device as a context must not move the generator's state
+    with DisableTorchFunction():  # torch.device as a context must not move the generator's state
         state = torch.default_generator.get_state()
         torch.default_generator.manual_seed(named)
     try:
@@ -83,10 +83,10 @@ def fast_init_by_name(seed: int, name: str) -> Iterator[None]:
 
 def _on_default_device(tensor: Any) -> bool:
     """Whether nothing but `torch.device` as a context, or torch.set_default_device, keeps a tensor from being plain."""
-    modes = torch.overrides._get_current_function_mode_stack()
+    modes = function_mode_stack()
     if not modes or not all(isinstance(mode, DeviceContext) for mode in modes):
         return False
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         return is_plain(tensor)
 
 
@@ -97,7 +97,7 @@ def _try(ours: Callable[..., Tensor], block: _Block, tensor: Any, *args: Any, ge
             ours(tensor, *args, generator=generator, seed=None if generator else block.next_seed(), **kwargs)
             return True
         if _on_default_device(tensor):
-            with torch._C.DisableTorchFunction():
+            with DisableTorchFunction():
                 return _try(ours, block, tensor, *args, generator=generator, **kwargs)
     except (InitPerfError, TypeError):
         pass
@@ -145,7 +145,7 @@ _GENERATOR |= {"kaiming_uniform_": 4, "kaiming_normal_": 4, "orthogonal_": 2, "s
 _FUNCTIONS = {name: (dropins.ORIGINALS[name], getattr(dropins, name), at) for name, at in _GENERATOR.items()}
 # what torch's own functions call: who kept `from torch.nn.init import trunc_normal_` comes by here
 _FUNCTIONS |= {
-    f"_no_grad_{name}": (getattr(_INIT, f"_no_grad_{name}"), getattr(dropins, name), _GENERATOR[name])
+    init_worker(name): (getattr(_INIT, init_worker(name)), getattr(dropins, name), _GENERATOR[name])
     for name in ("uniform_", "normal_", "trunc_normal_")
 }
 _REPLACED = {name: _function(*entry) for name, entry in _FUNCTIONS.items()}

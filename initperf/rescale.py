@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from initperf import ops
 from initperf.checks import fail
+from initperf.core.torch_private import ConvNd, ConvTransposeNd
 from initperf.layer_trace import tensors_in
 from initperf.schemes import by_unit
 from initperf.stats import moments
@@ -76,7 +76,7 @@ def _unit_factor(task: Task) -> Tensor:
     mask = task.mask if task.mask is not None else task.unpacked_bits()
     factor = torch.empty(mask.shape, dtype=task.memory.dtype, device=mask.device)
     units = by_unit(task.place.module, mask)
-    inputs = list(range(2 if isinstance(task.place.module, _ConvTransposeNd) else 1, units.dim()))
+    inputs = list(range(2 if isinstance(task.place.module, ConvTransposeNd) else 1, units.dim()))
     live = (units.sum(dim=inputs, keepdim=True) if inputs else units).double()
     fan = units.numel() / max(1, live.numel())
     by_unit(task.place.module, factor).copy_(torch.where(live > 0, fan / live.clamp(min=1), 1.0).sqrt())
@@ -151,5 +151,5 @@ def _sweep(
 def check_layers(layers: Mapping[nn.Module, tuple[str, str]]) -> None:
     """Raise unless each {module: (name, leaf)} is a linear or convolutional layer whose `weight` is masked."""
     for module, (name, leaf) in layers.items():
-        if leaf != "weight" or not isinstance(module, (nn.Linear, _ConvNd)) or "weight" not in module._parameters:
+        if leaf != "weight" or not isinstance(module, (nn.Linear, ConvNd)) or "weight" not in module._parameters:
             fail('rescale="measured" for weights of linear and convolutional layers only', f"a mask of {name}")

@@ -41,6 +41,7 @@ import torch
 
 from initperf import truncation
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, fail
+from initperf.core.torch_private import WRAPPERS
 from initperf.kernels.contract import (
     BITS,
     NORMAL,
@@ -76,7 +77,6 @@ __all__ = [
 
 VERSION = 1
 _NORMAL_REACH = 6.6605  # sqrt(-2 ln 2^-32) = 6.66043...: no value of NORMAL is further from the mean, in std
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ALIASES = {"weight_values": "weight", "weight_orig": "weight"}
 
 
@@ -235,7 +235,7 @@ def canonical_name(name: str) -> str:
     """A parameter's qualified name without the parts that wrappers add (DDP, FSDP, compile, checkpoint, parametrize)."""
     if name.endswith(".original"):
         name = re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", name)
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
     if parts:
         parts[-1] = _ALIASES.get(parts[-1], parts[-1])
     return ".".join(parts)

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame
 from torch.overrides import has_torch_function_variadic
 
 from initperf import ops, rng
 from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_seed, fail
+from initperf.core.torch_private import dispatch_modes, function_transform, not_compiled
+from initperf.core.torch_private import increment_version as written
 from initperf.rng import Distribution
 
 ops.register("sample_", "sample")
 ops.register("sample_many_", "sample_many")
 ops.register("orthogonal_", "orthogonal")
 
-F = TypeVar("F", bound=Callable[..., Any])
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _DTYPES = frozenset(FLOATS)
 _STRIDED = torch.strided
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_transform = torch._C._functorch.peek_interpreter_stack
 _inference_mode = torch.is_inference_mode_enabled
-written: Callable[[tuple[Tensor]], None] = torch._C._increment_version
-
-_SKIP = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
-
-
-def not_compiled(function: F) -> F:
-    """torch.compile breaks the graph at `function` and leaves all it calls alone: torch.compiler.disable, whose import takes seconds and which costs 0.5 us a call."""
-    eval_frame.set_code_exec_strategy(function.__code__, _SKIP)
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
 
 
 def is_plain(tensor: Any) -> bool:
@@ -46,8 +34,8 @@ def is_plain(tensor: Any) -> bool:
         and tensor.dtype in _DTYPES
         and tensor.layout is _STRIDED
         and not tensor.is_meta
-        and not _dispatch_modes()
-        and _function_transform() is None
+        and not dispatch_modes()
+        and function_transform() is None
         and (not tensor.is_inference() or _inference_mode())
     )
 
@@ -96,7 +84,7 @@ def write_many(
     """
     op = ops.implementation("sample_many_", tensors[0].device.type)
     result = op(tensors, distributions, streams, seed, masks if any(m is not None for m in masks) else None, moments)
-    written(tuple(tensors))  # type: ignore[arg-type]
+    written(tuple(tensors))
     return result
 
 

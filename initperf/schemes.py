@@ -8,13 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, dtype, empty, nn
-from torch.nn.init import _calculate_fan_in_and_fan_out as fans
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 from initperf import rng
 from initperf.checks import InitPerfTypeError, fail
+from initperf.core.torch_private import ConvNd, ConvTransposeNd, NormBase, fans
 
 _ARGUMENTS = {"constant": 1, "uniform": 2, "normal": 2, "trunc_normal": 4, "orthogonal": 1}
 
@@ -176,11 +174,11 @@ def _transformer(m: nn.Transformer) -> dict[str, Init]:
     return {n: uniform(math.sqrt(3.0) * _glorot(p)) for n, p in m.named_parameters() if p.dim() > 1}
 
 
-NORMS: tuple[type[nn.Module], ...] = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMS: tuple[type[nn.Module], ...] = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 EMBEDDINGS: tuple[type[nn.Module], ...] = (nn.Embedding, nn.EmbeddingBag)
 # class -> {name below the module: distribution}; a parent's word counts more than its child's
 _OWN: list[tuple[tuple[type[nn.Module], ...], Callable[[Any], dict[str, Init]]]] = [
-    ((nn.Linear, _ConvNd), lambda m: fully_connected(_dense_weight(m))),
+    ((nn.Linear, ConvNd), lambda m: fully_connected(_dense_weight(m))),
     (NORMS, _norm),
     (EMBEDDINGS, _embedding),
     ((RNNBase, RNNCellBase), _recurrent),
@@ -230,7 +228,7 @@ def _fans_of(place: Place) -> Tensor:
 
 def by_unit(module: nn.Module, weight: Tensor) -> Tensor:
     """A weight or mask seen as (units, inputs of a unit, ...), a view: transposed convolutions and transformers' Conv1D store it otherwise."""
-    if isinstance(module, _ConvTransposeNd):
+    if isinstance(module, ConvTransposeNd):
         grouped = weight.unflatten(0, (module.groups, weight.shape[0] // module.groups))
         return grouped.transpose(1, 2)  # (groups, units of a group, inputs, ...)
     return weight.t() if _is_transformers_conv1d(module) else weight
@@ -239,7 +237,7 @@ def by_unit(module: nn.Module, weight: Tensor) -> Tensor:
 def fan_in(module: nn.Module, weight: Tensor) -> int:
     """Inputs of one unit of a layer's weight."""
     units = by_unit(module, weight)
-    return units[0, 0].numel() if isinstance(module, _ConvTransposeNd) else units[0].numel()
+    return units[0, 0].numel() if isinstance(module, ConvTransposeNd) else units[0].numel()
 
 
 _RESIDUAL = ("c_proj", "o_proj", "down_proj")
@@ -265,7 +263,7 @@ def _gpt2(place: Place) -> Init:
 
 def _timm(place: Place) -> Init:
     """Convolutions: kaiming_normal, fan_out (timm's ResNet); linear layers and all else: trunc_normal(0.02) (timm's ViT)."""
-    if isinstance(place.module, _ConvNd) or (_is_compressed(place.module) and place.parameter.dim() > 2):
+    if isinstance(place.module, ConvNd) or (_is_compressed(place.module) and place.parameter.dim() > 2):
         return normal(_he(place.parameter, math.sqrt(2.0), fan_out=True))
     return trunc_normal(0.02)
 

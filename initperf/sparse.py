@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from initperf import choice, direct, kept, ops, sparse_ops
 from initperf.checks import FLOATS, InitPerfRuntimeError, check_mask, fail
+from initperf.core.torch_private import transformed
 from initperf.kept import Kept
 from initperf.masked import MaskedLinear, check_bias, check_input
 from initperf.sparse_layer import SparseLayer
@@ -85,7 +86,7 @@ class SparseLinear(SparseLayer):
             fail(f"weight_values of the mask's {pattern.nnz} survivors", len(values), kind=InitPerfRuntimeError)
         shape = input.shape
         rows, columns = self.out_features, self.in_features
-        if not (plain or compiling) and direct.transformed():
+        if not (plain or compiling) and transformed():
             # torch.func's transforms (vmap, jvp, grad) and forward-mode derivatives know torch's own product
             weight = _expanded(values, self.weight_mask.flatten().nonzero().squeeze(1), rows, columns)
             return nn.functional.linear(input, weight, bias)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from initperf import choice, direct, ops
+from initperf.core.torch_private import single_level_apply
 
 _DENSE = {"cpu": "mkl", "cuda": "cublas"}
 OWN = "numba-dense"  # as what our own dense products are counted
@@ -179,8 +180,8 @@ class _OwnLinear(torch.autograd.Function):
         return *cast(ModuleType, own(x)).gradients(dy, x, values.contiguous(), None, bits, needs), None, None, None
 
 
-_apply: Any = super(torch.autograd.Function, _Linear).apply  # where no transform of torch.func is at work
-_apply_own: Any = super(torch.autograd.Function, _OwnLinear).apply
+_apply: Any = single_level_apply(_Linear)  # where no transform of torch.func is at work
+_apply_own: Any = single_level_apply(_OwnLinear)
 
 
 class _GradInput(torch.autograd.Function):
