@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow test-zoo bench gpu-report gpu lint format clean
 
-.venv/.installed: setup.py
+.venv/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -e ".[dev]"
 	touch $@
@@ -19,7 +19,7 @@ test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 
 # torchvision and timm need CUDA's torch, gigabytes: a second environment, never part of the others
-.venv-zoo/.installed: setup.py
+.venv-zoo/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv-zoo
 	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check \
 		torch==2.14.1 torchvision==0.29.1 "timm==1.0.*" numba safetensors matplotlib rich typer scipy pytest

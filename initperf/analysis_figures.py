@@ -5,16 +5,18 @@ from __future__ import annotations
 from itertools import pairwise
 from statistics import fmean
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
 from initperf.analysis import movement_of
 from initperf.analysis_findings import evenly
+from initperf.core.extras import needed
 from initperf.figures import DENSE, STYLE, legend_above, surviving_axis, svg
 from initperf.findings import percent
 from initperf.paired import spread
 from initperf.results import Run
 from initperf.survivors import BINS, Overlap, Survivors, mean_histogram
+
+with needed("report"):
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
 KEPT, PRUNED = "#0072B2", "#D55E00"
 SHADES = ("#555555", "#9ecae1", "#4292c6", "#08519c", "#08306b")  # dense, then darker the fewer survive

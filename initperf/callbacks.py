@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .checks import InitPerfError
+from .checks import InitPerfImportError, fail
 from .monitor import VarianceMonitor
 
 
@@ -20,8 +20,8 @@ def lightning_callback(*, log_every: int = 50, **settings: Any) -> Any:
     except ImportError:
         try:
             from pytorch_lightning import Callback
-        except ImportError as error:
-            raise InitPerfError("Expected lightning or pytorch_lightning to be installed. Got neither.") from error
+        except ImportError:
+            fail("lightning or pytorch_lightning to be installed", "neither", kind=InitPerfImportError)
 
     class VarianceCallback(Callback):
         monitor: VarianceMonitor | None = None
@@ -66,8 +66,8 @@ def hugging_face_callback(**settings: Any) -> Any:
     """
     try:
         from transformers import TrainerCallback
-    except ImportError as error:
-        raise InitPerfError("Expected transformers to be installed. Got none.") from error
+    except ImportError:
+        fail("transformers to be installed", "an installation without", kind=InitPerfImportError)
 
     class VarianceCallback(TrainerCallback):
         monitor: VarianceMonitor | None = None

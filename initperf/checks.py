@@ -22,6 +22,10 @@ class InitPerfTypeError(InitPerfError, TypeError):
     """The same where torch raises TypeError."""
 
 
+class InitPerfImportError(InitPerfError, ImportError):
+    """The same where a package is not installed (initperf/core/extras.py)."""
+
+
 def fail(expected: str, got: object, *, kind: type[InitPerfError] = InitPerfError) -> NoReturn:
     """Raise "Expected {expected}. Got {got}."."""
     raise kind(f"Expected {expected}. Got {got}.")

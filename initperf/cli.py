@@ -9,10 +9,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from initperf import __version__
 from initperf.cli_experiment import experiment
+from initperf.core.extras import need, needed
+
+with needed("cli"):
+    import typer
 
 app = typer.Typer(
     name="initperf",
@@ -123,6 +125,7 @@ def ticket(
 
     The same command again continues a run that was interrupted.
     """
+    need("report")  # before the training, and not after it
     from initperf.checks import check
     from initperf.experiments.tickets import run_ticket
     from initperf.runfolder import KINDS

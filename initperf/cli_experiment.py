@@ -6,7 +6,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from initperf.core.extras import needed
+
+with needed("cli"):
+    import typer
 
 
 class Experiment(str, Enum):

@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from initperf.core.extras import needed
 from initperf.findings import name_of, percent
 from initperf.results import Run, spread
+
+with needed("report"):
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart; the markers differ as well.
 LOOKS = {

@@ -19,6 +19,7 @@ from initperf.analysis_findings import (
     side_by_side,
     survivors_table,
 )
+from initperf.core.extras import need
 from initperf.files import write_atomically
 from initperf.findings import Table, percent
 from initperf.report_style import CSS
@@ -34,6 +35,7 @@ FIGURES = {
 
 def write_report(run_dir: str | Path, compare: str | Path | None = None) -> Path:
     """Write RUN/report.html from the run's csv and json files; `compare` adds a second run (another learning rate, say)."""
+    need("report")
     run = read_run(run_dir)
     other = read_run(compare) if compare is not None else None
     found = examine(run)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
-
+from initperf.core.extras import needed
 from initperf.findings import Table, name_of, percent
+
+with needed("cli"):
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table as RichTable
 
 LOG_WIDTH = 150  # where there is no terminal to ask
 

@@ -6,12 +6,14 @@ import html
 import io
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .checks import InitPerfRuntimeError, InitPerfTypeError, check, fail
+from .core.extras import needed
 from .layer_trace import tensors_in
 from .monitor import VarianceMonitor
 from .records import BACKWARD, FORWARD, Key, Reading
@@ -81,7 +83,8 @@ class Verdicts:
 
     def table(self) -> Table:
         """For rich."""
-        from rich.table import Table
+        with needed("cli"):
+            from rich.table import Table
 
         table = Table("fault", "layer", "what is seen", "remedy", title=None if self.found else NOTHING)
         for verdict in self.found:
@@ -89,10 +92,12 @@ class Verdicts:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
         if not self.found:
             return NOTHING
+        try:
+            from rich.console import Console
+        except ImportError:  # print() needs no extra
+            return "\n".join(f"{v.fault}, {v.layer}: {v.text}: {v.remedy}" for v in self.found)
         out = io.StringIO()
         Console(file=out, width=140, no_color=True).print(self.table())
         return out.getvalue().rstrip()
@@ -108,7 +113,8 @@ class Verdicts:
 
     def figure(self) -> Figure:
         """Variance of pre-activations and of their gradients, by layer, on a logarithmic scale."""
-        from matplotlib.figure import Figure
+        with needed("report"):
+            from matplotlib.figure import Figure
 
         figure = Figure(figsize=(max(5, 0.3 * len(self.order)), 4), layout="constrained")
         axes = figure.subplots()
@@ -153,10 +159,9 @@ def check_init(
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     check(meta is None, "a model with memory (initialize() materializes one)", f"{meta} on the meta device")
     check(any(p.requires_grad for p in model.parameters()), "a model with a parameter that requires a gradient", "none")
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     kept = [(b, b.detach().clone()) for b in model.buffers()]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with torch.random.fork_rng(devices), torch.enable_grad(), monitor:
+    with _forked_rng(model), torch.enable_grad(), monitor:
         try:
             output = _call(model, sample_input)
             value = _loss(output, target, loss)
@@ -177,6 +182,20 @@ def check_init(
         return judge(monitor)
 
 
+@contextmanager
+def _forked_rng(model: nn.Module) -> Iterator[None]:
+    """torch.random.fork_rng for all devices of a model."""
+    devices = {p.device for p in model.parameters()}
+    others = [torch.get_device_module(kind) for kind in {d.type for d in devices} - {"cpu", "cuda"}]
+    with torch.random.fork_rng(sorted(d.index or 0 for d in devices if d.type == "cuda")):
+        states = [module.get_rng_state() for module in others]
+        try:
+            yield
+        finally:
+            for module, state in zip(others, states, strict=True):
+                module.set_rng_state(state)
+
+
 def _call(model: nn.Module, sample: Any) -> Any:
     if isinstance(sample, dict) or hasattr(sample, "keys"):
         return model(**sample)
@@ -190,7 +209,7 @@ def _loss(output: Any, target: Tensor | None, loss: Callable[..., Tensor] | None
     if first is None:
         fail("the model to return a tensor with a gradient, or a loss that does", type(output).__name__)
     if target is None:
-        direction = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
+        direction = torch.randn(first.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         return (first * direction.to(first)).sum() / max(first.shape[0] if first.dim() else 1, 1)
     if target.is_floating_point():
         check(target.shape == first.shape, f"target of the output's shape {tuple(first.shape)}", tuple(target.shape))

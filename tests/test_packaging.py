@@ -1,6 +1,8 @@
 """The wheel, an editable install and a plain clone all work, and none of them claims the top-level name `kernels`."""
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import initperf
+
 ROOT = Path(__file__).resolve().parents[1]
 STAND_IN = "initperf/kernels/__init__.py"  # the wheel has the real one, from kernels/
 LOCATE = """
@@ -18,6 +22,12 @@ print(initperf.__file__)
 print(cpu.__file__)
 print(importlib.util.find_spec("initperf.kernels.cpu.jit").origin)
 print(importlib.util.find_spec("kernels"))
+"""
+IMPORT_ALL = """
+import importlib, pkgutil, initperf
+names = [m.name for m in pkgutil.walk_packages(initperf.__path__, "initperf.") if m.ispkg]
+for name in names:
+    print(name, importlib.import_module(name).__file__)
 """
 
 
@@ -67,7 +77,7 @@ def test_the_wheel_is_pure_python(wheel):
 
 
 def test_the_wheel_holds_every_source_file_and_nothing_else(wheel, clone):
-    """A new package that setup.py does not list shows here."""
+    """A new package that setup.py does not find shows here."""
     files = [p.relative_to(clone).as_posix() for name in ("initperf", "kernels") for p in (clone / name).rglob("*.py")]
     expected = {f"initperf/{f}" if f.startswith("kernels/") else f for f in files if f != STAND_IN}
     expected |= {"initperf/py.typed", "initperf/data/digits.csv.gz", "initperf/data/README.md"}
@@ -86,6 +96,48 @@ def test_the_wheel_claims_no_other_top_level_name(wheel):
         (top_level,) = (n for n in archive.namelist() if n.endswith("/top_level.txt"))
         assert archive.read(top_level).decode().split() == ["initperf"]
         assert {n.split("/")[0].split("-")[0] for n in archive.namelist()} == {"initperf"}
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_the_wheel_requires_four_packages_and_leaves_the_rest_to_extras(metadata):
+    required = metadata.get_all("Requires-Dist")
+    always = [line for line in required if "extra ==" not in line]
+    assert {re.split("[<>]", line)[0] for line in always} == {"torch", "numpy", "numba", "safetensors"}
+    assert "torch<2.16,>=2.11" in required
+    assert set(metadata.get_all("Provides-Extra")) == {"cli", "report", "gpu", "all", "dev"}
+    triton = [line for line in required if line.startswith("triton")]
+    assert all('extra == "gpu"' in line and 'platform_system == "Linux"' in line for line in triton)
+    assert len(triton) == 1  # neither required nor in `all`: beside ROCm's torch it would overwrite its Triton
+
+
+def test_the_wheel_says_what_it_is(metadata):
+    assert metadata["License-Expression"] == "MIT"
+    assert metadata["License-File"] == "LICENSE"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    classifiers = metadata.get_all("Classifier")
+    assert "Typing :: Typed" in classifiers
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)} <= set(classifiers)
+    assert metadata["Keywords"]
+    assert initperf.__version__ == metadata["Version"]
+
+
+def test_every_package_of_the_installed_wheel_is_imported_from_it(wheel, clone, environment, tmp_path):
+    install(environment, str(wheel))
+    found = dict(line.split() for line in run(environment, "-c", IMPORT_ALL, cwd=tmp_path).splitlines())
+    folders = [p.parent.relative_to(clone) for n in ("initperf", "kernels") for p in (clone / n).rglob("__init__.py")]
+    expected = {".".join(f.parts if f.parts[0] == "initperf" else ("initperf", *f.parts)) for f in folders} - {
+        "initperf"
+    }
+    assert found.keys() == expected
+    assert {"initperf.kernels.cpu", "initperf.core"} <= found.keys()
+    assert all(tmp_path in Path(file).parents for file in found.values())
 
 
 def test_the_installed_wheel_finds_its_kernels_inside_itself(wheel, environment, tmp_path):

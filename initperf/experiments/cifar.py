@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from initperf.checks import InitPerfError, check, fail
+from initperf.checks import InitPerfError, InitPerfImportError, check, fail
 from initperf.experiments.data import SPLIT_SEED, DataSet, Split, permutation, sha256
 
 TRAIN, TEST = 50_000, 10_000
@@ -153,7 +153,7 @@ def _jpeg(contents: Iterator[tuple[str, bytes]]) -> Arrays:
     try:
         from PIL import Image
     except ImportError:
-        fail("Pillow, which reads JPEG (pip install pillow)", "no such package")
+        fail("Pillow, which reads JPEG (pip install pillow)", "no such package", kind=InitPerfImportError)
     found: dict[str, list[tuple[int, str, np.ndarray]]] = {"train": [], "test": []}
     for name, data in contents:
         parts = Path(name).parts[-3:]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from initperf.core.extras import needed
 from initperf.figures import DENSE, STYLE, legend_above, look_of, svg
 from initperf.paired import Spread
+
+with needed("report"):
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Looks = Mapping[str, Mapping[str, Any]]  # beside those of figures.LOOKS
 

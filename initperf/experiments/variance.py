@@ -22,6 +22,7 @@ from torch.nn import functional
 from initperf import init as initializers
 from initperf import rng
 from initperf.checks import check, check_seed
+from initperf.core.extras import need
 from initperf.files import make_folder, write_atomically
 from initperf.stats import moments
 
@@ -144,6 +145,7 @@ def run_variance(
     if density == 1:
         kept = {(masks[0], None): 1.0}
     if out is not None:
+        need("report")
         make_folder(out)
 
     config = dict(depth=depth, width=width, inputs=inputs, batch=batch, activation=activation, density=density)
