@@ -88,7 +88,8 @@ def early_stop(run: Run, level: int, kind: str) -> str:
 def labels(run: Run) -> list[str]:
     """What must be said beside every number of this run."""
     unfinished = ["unfinished"] if len(run.rows) < run.planned else []
-    return [str(run.config["budget"])] * bool(run.config.get("budget")) + unfinished
+    budget = run.config.get("budget")  # of a recipe
+    return ([str(budget)] if budget else []) + unfinished
 
 
 def verdict(run: Run) -> Verdict:
