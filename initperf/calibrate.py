@@ -16,12 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from initperf import choice
+from initperf import choice, ops
+from initperf.checks import InitPerfImportError, fail
 from initperf.choice import KINDS, MOST, ROWS, WEIGHTS, Table
 from initperf.files import write_atomically
-from initperf.kernels.cpu import masked_matmul, sparse_linear
-from initperf.kernels.cpu.pattern import pattern_tensors
-from initperf.kernels.cpu.sparse_pattern import sparse_tensors
+
+if not ops.usable("numba"):
+    fail("numba, whose kernels are timed: pip install numba", "an installation without", kind=InitPerfImportError)
+
+from initperf.kernels.cpu import masked_matmul, sparse_linear  # noqa: E402
+from initperf.kernels.cpu.pattern import pattern_tensors  # noqa: E402
+from initperf.kernels.cpu.sparse_pattern import sparse_tensors  # noqa: E402
 
 DENSITIES = (0.05, 0.5)
 OTHERS = 8 << 20

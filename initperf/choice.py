@@ -18,13 +18,13 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from initperf import ops
 from initperf.checks import check, fail
 from initperf.gpu_choice import DTYPES, LAYER_KERNELS, kernel_pays
 from initperf.gpu_devices import Device, device_of
@@ -64,12 +64,14 @@ check(_mode in MODES, f"INITPERF_PRODUCTS to be one of {', '.join(MODES)}", _mod
 def sparse_pays(kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype, device: str) -> bool:
     """Whether the sparse kernel runs for `kind` (of KINDS), or the dense product.
 
-    rows: of the batch; shape: (N, K) of the weight; nnz: survivors. On a GPU predicted, by initperf/gpu_choice.py, whose
+    rows: of the batch; shape: (N, K) of the weight; nnz: survivors; device: its type. On a GPU predicted, by initperf/gpu_choice.py, whose
     masked_grad_weight goes by live tiles instead.
     """
+    if device not in ("cpu", "cuda"):  # no kernels
+        return False
     if _mode != "auto":
         return _mode == "sparse"
-    if device != "cpu":
+    if device == "cuda":
         return _pays_on_gpu(kind, rows, shape, nnz, dtype)
     weights = shape[0] * shape[1]
     return nnz < weights * break_even(kind, rows, weights, dtype.itemsize, torch.get_num_threads())
@@ -240,7 +242,7 @@ def _is_table(table: Any) -> bool:
 @cache
 def table_path(threads: int) -> Path:
     """Where the table of this processor, number of threads, torch and kernels lies."""
-    if find_spec("numba") is None:
+    if not ops.usable("numba"):
         return Path("no-numba")
     from initperf.kernels.cpu.jit import CACHE_DIR
 

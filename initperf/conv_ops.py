@@ -84,7 +84,7 @@ def _run(name: str, batch: int, out: Ints, pattern: list[Tensor], shape: Ints, s
 
 def _is_dense(name: str, batch: int, out: Ints, pattern: list[Tensor], shape: Ints, stride: Ints, like: Tensor) -> bool:
     """Whether torch's own convolution runs, and is counted as that."""
-    if ops.backend_of(name, "cpu") == "reference":
+    if like.device.type not in _DENSE or ops.backend_of(name, "cpu") == "reference":
         return False
     nnz = pattern[1].numel() if pattern else 0
     return not (pattern and conv_pays(name, batch, out, shape, nnz, like.dtype, like.device.type, stride))

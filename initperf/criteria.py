@@ -13,6 +13,7 @@ from torch import Tensor
 
 from initperf import prune
 from initperf.checks import check
+from initperf.core.precision import in_float64
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (final, initial) -> score; the least are pruned
 SCORES: dict[str, Score] = {
@@ -54,18 +55,18 @@ def movement(final: Tensor, initial: Tensor, before: Tensor | None, after: Tenso
     selecting by |w_T| alone makes kept weights look moved.
     """
     alive = torch.ones_like(after) if before is None else before.to(after.device)
-    start = initial.to(final.device)[alive.to(final.device)].double()
-    change = final[alive.to(final.device)].double() - start
-    kept = after[alive].to(final.device)
+    start = in_float64(initial.to(final.device)[alive.to(final.device)])
+    change = in_float64(final[alive.to(final.device)]) - start
+    kept = after[alive].to(start.device)
     found = {
         f"{part}_{name}": v
         for part, who in (("kept", kept), ("pruned", ~kept))
         for name, v in _moves(start, change, who).items()
     }
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     nulls = []
     for _ in range(NULLS):
-        other = change[torch.randperm(len(change), generator=generator).to(change.device)]
+        other = change[torch.randperm(len(change), generator=generator, device="cpu").to(change.device)]
         chosen = torch.zeros_like(kept)
         chosen[(start + other).abs().topk(int(kept.sum())).indices] = True
         parts = (("kept", chosen), ("pruned", ~chosen))
@@ -80,7 +81,7 @@ def _moves(start: Tensor, change: Tensor, who: Tensor) -> dict[str, float]:
     return {
         "moved": float(d.abs().mean()),
         "grew": float(((w + d).abs() - w.abs()).mean()),
-        "flipped": float(((w + d).sign() * w.sign() < 0).double().mean()),
+        "flipped": float(in_float64((w + d).sign() * w.sign() < 0).mean()),
     }
 
 
@@ -89,7 +90,7 @@ def overlap(masks: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dict[s
     return {
         name: {
             "shared": float((mask & others[name]).sum() / mask.sum().clamp_min(1)),
-            "chance": float(others[name].double().mean()),
+            "chance": float(in_float64(others[name]).mean()),
         }
         for name, mask in masks.items()
     }

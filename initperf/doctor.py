@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from initperf import __version__, choice, ops, rng
+from initperf.core.extras import installation
 from initperf.findings import NONE, Table, joined, percent, size
 from initperf.selfcheck import agrees
 from initperf.write_watch import why_not
 
-PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib")
+PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib", "rich", "typer")
 REGISTERING = ("init", "masked", "sparse", "chain", "conv", "prune", "stats")  # modules that enter ops into ops.MODULES
 VECTORS = {  # LLVM's feature names, and what people call them
     "avx2": "AVX2",
@@ -82,7 +83,7 @@ def _vectors() -> list[str]:
 
 
 def _numba_threads() -> int | None:
-    if find_spec("numba") is None:
+    if not ops.usable("numba"):
         return None
     import numba
 
@@ -103,9 +104,15 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
+def _other_accelerator() -> str:
+    """The type of an accelerator that torch uses and that is no CUDA or ROCm device; empty if there is none."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "" if found is None or found.type == "cuda" else found.type
+
+
 def _cache() -> dict[str, Any] | None:
     """Where compiled CPU kernels are kept."""
-    if find_spec("numba") is None:
+    if not ops.usable("numba"):
         return None
     from initperf.kernels.cpu.jit import CACHE_DIR
 
@@ -174,18 +181,20 @@ def _advice(found: dict[str, Any]) -> list[str]:
     versions, described = found["versions"], found["ops"]
     if os.environ.get("INITPERF_BACKEND") == "reference":
         said.append("INITPERF_BACKEND=reference is set: every op runs in plain torch, correct but slow. Unset it.")
-    elif versions["numba"] is None:
-        said.append(
-            "numba is not installed: on the CPU every op runs in plain torch, correct but slow. `pip install numba`."
-        )
+    elif lacking := ops.lacking("cpu"):
+        said.append(lacking)
     elif slow := [name for name, op in described.items() if op["backend"]["cpu"] == "reference"]:
         said.append(f"{joined(slow)}: no CPU kernel in this version; plain torch runs instead.")
     if found["break_even"]["mode"] != "auto":
         said.append(
             f"INITPERF_PRODUCTS={found['break_even']['mode']} is set: the break-even densities below are not used. Unset it."
         )
-    if found["gpus"] and versions["triton"] is None:
-        said.append("triton is not installed: on the GPU every op runs in plain torch. `pip install triton`.")
+    if found["gpus"] and (lacking := ops.lacking("cuda")):
+        said.append(lacking)
+    if (other := _other_accelerator()) and (lacking := ops.lacking(other)):
+        said.append(lacking)
+    if versions["matplotlib"] is None:
+        said.append(f"matplotlib is not installed: no figures and no reports. Remedy: {installation('report')}.")
     if not found["gpus"] and Path("/dev/nvidia0").exists():
         said.append(
             f"There is an NVIDIA GPU that torch {torch.__version__} cannot use: install a CUDA build (pytorch.org)."
@@ -228,13 +237,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
         [name, op["backend"]["cpu"], op["backend"].get("cuda", NONE), op.get("error") or words[op["equal"]]]
         for name, op in found["ops"].items()
     ]
-    return [
+    found_tables = [
         Table("This machine", ["", ""], about, []),
-        Table(
-            "Ops",
-            ["op", "CPU", "GPU", "equals the reference"],
-            rows,
-            found["advice"] or ["Nothing is missing."],
-        ),
-        _break_even_table(found["break_even"]),
+        Table("Ops", ["op", "CPU", "GPU", "equals the reference"], rows, found["advice"] or ["Nothing is missing."]),
     ]
+    return found_tables if threads["numba"] is None else [*found_tables, _break_even_table(found["break_even"])]

@@ -62,7 +62,7 @@ def _of_a_file(scheme: str, name: str, tensors: Mapping[str, Tensor]) -> Init | 
 def disagreement(finding: Finding, tensor: Tensor, init: Init) -> str | None:
     """Why the tensor is not `init`, in words; None if it can be."""
     if init.function == "constant":
-        same = finding.low == finding.high == float(torch.tensor(init.args[0], dtype=tensor.dtype))
+        same = finding.low == finding.high == float(torch.tensor(init.args[0], dtype=tensor.dtype, device="cpu"))
         return None if same else f"expected {init}. Found {finding.scheme}, std {finding.std:.4g}"
     if init.function == "orthogonal":
         return None if finding.scheme.startswith("orthogonal") else f"expected {init}. Found {finding.scheme}"

@@ -102,11 +102,12 @@ def describe(model: nn.Module | Mapping[str, Tensor], expect: Mapping[str, str |
 
     around = _surroundings(kept)
     own = _own(model)
-    results = [_explain(n, t, _hypotheses(n, t, kept, around, own.get(n))) for n, t in kept.items()]
-    _choose(results)
-    for finding, _ in results:
-        if finding.name in wanted:
-            finding.disagreement = disagreement(finding, kept[finding.name], wanted[finding.name])
+    with torch.device("cpu"):  # one tensor at a time, for statistics that no GPU is needed for
+        results = [_explain(n, t.cpu(), _hypotheses(n, t, kept, around, own.get(n))) for n, t in kept.items()]
+        _choose(results)
+        for finding, _ in results:
+            if finding.name in wanted:
+                finding.disagreement = disagreement(finding, kept[finding.name].cpu(), wanted[finding.name])
     return Description([finding for finding, _ in results])
 
 

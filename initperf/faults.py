@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .core.precision import in_float64
 from .layer_trace import SATURATING, squared_gain
 from .monitor import VarianceMonitor
 from .records import BACKWARD, FORWARD, GRADIENT, INPUT, Key, Reading
@@ -54,7 +55,7 @@ class Evidence:
         """Standard deviation of the weight / that which keeps the variance: sqrt(gain^2 / fan_in)."""
         weight = self.weight(name)
         kept = squared_gain(self.activations.get(name)) / fan_in(self.layers[name], weight)
-        return weight.double().std(correction=0).item() / math.sqrt(kept)
+        return in_float64(weight).std(correction=0).item() / math.sqrt(kept)
 
 
 def find(e: Evidence) -> list[Verdict]:
@@ -123,8 +124,8 @@ def dead_units(e: Evidence) -> list[Verdict]:
             continue
         text = f"{dead:.0%} of units of {name} are dead: 0 for every input"
         bias = getattr(e.layers[name], "bias", None)
-        if isinstance(bias, Tensor) and bias.double().mean().item() < -math.sqrt(r.var):
-            text += f"; its biases are {bias.double().mean().item():.3g} on average"
+        if isinstance(bias, Tensor) and in_float64(bias).mean().item() < -math.sqrt(r.var):
+            text += f"; its biases are {in_float64(bias).mean().item():.3g} on average"
             found.append(Verdict("dead units", name, text, "biases of 0"))
         else:
             found.append(Verdict("dead units", name, text, "a smaller learning rate, He's weights, or leaky ReLU"))
@@ -150,7 +151,7 @@ def recurrence(e: Evidence) -> list[Verdict]:
             continue
         for key, weight in layer.named_parameters():
             if "weight_hh" in key and weight.shape[0] == weight.shape[1]:
-                radius = torch.linalg.eigvals(weight.detach().double()).abs().max().item()
+                radius = torch.linalg.eigvals(in_float64(weight.detach())).abs().max().item()
                 if radius > limit("spectral radius"):
                     text = f"{key}'s spectral radius is {radius:.3g}: the state grows by it at every time step"
                     found.append(Verdict("exploding recurrence", name, text, "orthogonal recurrent weights (radius 1)"))

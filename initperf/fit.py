@@ -78,7 +78,7 @@ def facts_of(tensor: Tensor, found: Moments, dtype: torch.dtype) -> Facts:
     some = flat[::step][:SAMPLED].double()
     eps = torch.finfo(dtype).eps
     cell = torch.exp2(torch.floor(torch.log2(some.abs().clamp(min=torch.finfo(dtype).tiny)))) * eps
-    spread = (torch.arange(len(some), dtype=torch.float64) * 0.6180339887498949) % 1 - 0.5
+    spread = (torch.arange(len(some), dtype=torch.float64, device=some.device) * 0.6180339887498949) % 1 - 0.5
     matrix = None
     if tensor.dim() >= 2:
         seen = tensor.reshape(tensor.shape[0], -1)
@@ -110,7 +110,9 @@ def _cdf(init: Init, x: Tensor) -> Tensor:
     below = torch.special.ndtr((x - mean) / std)
     if init.function == "normal":
         return below
-    alpha, beta = (torch.special.ndtr(torch.tensor((c - mean) / std, dtype=torch.float64)) for c in init.args[2:])
+    alpha, beta = (
+        torch.special.ndtr(torch.tensor((c - mean) / std, dtype=torch.float64, device=x.device)) for c in init.args[2:]
+    )
     return ((below - alpha) / (beta - alpha)).clamp(0, 1)
 
 
@@ -118,7 +120,7 @@ def distance(init: Init, values: Tensor) -> float:
     """Kolmogorov-Smirnov distance of sorted values, times sqrt(their number)."""
     n = len(values)
     expected = _cdf(init, values)
-    steps = torch.arange(n + 1, dtype=torch.float64) / n
+    steps = torch.arange(n + 1, dtype=torch.float64, device=values.device) / n
     return float(torch.maximum(steps[1:] - expected, expected - steps[:-1]).max()) * math.sqrt(n)
 
 
@@ -168,7 +170,7 @@ def structure(matrix: Tensor, mean: float, std: float) -> str | None:
 
 def _largest_singular_value(matrix: Tensor) -> float:
     """From below, by 20 steps of power iteration."""
-    x = torch.cos(torch.arange(matrix.shape[1], dtype=torch.float32))
+    x = torch.cos(torch.arange(matrix.shape[1], dtype=torch.float32, device=matrix.device))
     norm = 0.0
     for _ in range(20):
         y = matrix @ (x / x.norm())

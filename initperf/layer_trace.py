@@ -44,7 +44,7 @@ def squared_gain(activation: str | None) -> float:
     function = _FUNCTIONS.get(activation or "")
     if function is None:
         return 1.0
-    z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    z = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")
     weight = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return 1 / torch.trapezoid(function(z).square() * weight, z).item()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check, fail
+from .core.precision import widest
 from .core.torch_private import ConvNd, NormBase, graph_task, has_unscaled, is_compiled, scale_of
 from .layer_trace import RELU_LIKE, LayerTrace, tensors_in
 from .records import BACKWARD, BEFORE, FORWARD, GRADIENT, INPUT, INPUT_GRAD, UPDATE, Key, Reading, Record
@@ -159,7 +160,7 @@ class VarianceMonitor:
                     continue
                 self._alive[name].append(torch.stack(highest).amax(0) > 0)
                 seen = torch.stack(list(self._alive[name])).any(0)
-                self._current.single.append(((name, "dead"), 1 - seen.double().mean()))
+                self._current.single.append(((name, "dead"), 1 - seen.to(widest(seen.device.type)).mean()))
             if self.costly:
                 with torch.no_grad():
                     self._before = {key: _sample(p).clone() for key, p in self._weights()}

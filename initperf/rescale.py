@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from initperf import ops
 from initperf.checks import fail
+from initperf.core.precision import in_float64
 from initperf.core.torch_private import ConvNd, ConvTransposeNd
 from initperf.layer_trace import tensors_in
 from initperf.schemes import by_unit
@@ -43,7 +44,7 @@ def rescale_all(mode: str, tasks: Sequence[Task], seed: int) -> None:
             task.memory.mul_(_unit_factor(task))
         elif kept[task.name] > 0:
             dense = whole[task.name] if task.bits is None else _dense_squares(task, seed)
-            task.memory.mul_(torch.tensor(dense / kept[task.name]).sqrt().to(task.memory.dtype))
+            task.memory.mul_(torch.tensor(dense / kept[task.name], device="cpu").sqrt().to(task.memory.dtype))
 
 
 def _squares(tasks: Sequence[Task]) -> dict[str, float]:
@@ -77,7 +78,7 @@ def _unit_factor(task: Task) -> Tensor:
     factor = torch.empty(mask.shape, dtype=task.memory.dtype, device=mask.device)
     units = by_unit(task.place.module, mask)
     inputs = list(range(2 if isinstance(task.place.module, ConvTransposeNd) else 1, units.dim()))
-    live = (units.sum(dim=inputs, keepdim=True) if inputs else units).double()
+    live = in_float64(units.sum(dim=inputs, keepdim=True) if inputs else units)
     fan = units.numel() / max(1, live.numel())
     by_unit(task.place.module, factor).copy_(torch.where(live > 0, fan / live.clamp(min=1), 1.0).sqrt())
     return factor if task.bits is None else factor[mask].view(task.memory.shape)
@@ -123,7 +124,7 @@ def _sweep(
                 bias = module._parameters.get("bias")
                 module._parameters["bias"] = None
                 try:
-                    variance = plain(module, *args, **kwargs).double().var(correction=0)
+                    variance = in_float64(plain(module, *args, **kwargs)).var(correction=0)
                 finally:
                     module._parameters["bias"] = bias
                 found[module] = variance

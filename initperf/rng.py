@@ -219,11 +219,14 @@ _scratch = _Scratch()
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """One seed from a generator, torch's CPU default if None.
 
-    A CPU generator gives the next int64 of `random_`. A CUDA generator is not waited for: the seed is the first two
-    Philox words of counter = (offset low, offset high, 0, 0), key = its initial seed, and its offset advances by 4.
+    A CPU generator gives the next int64 of `random_`, and so does one of another device, but CUDA's. A CUDA generator is not
+    waited for: the seed is the first two Philox words of counter = (offset low, offset high, 0, 0), key = its initial
+    seed, and its offset advances by 4.
     """
     if generator is None or generator.device.type == "cpu":
         return int(_scratch.word.random_(generator=generator))
+    if generator.device.type != "cuda":
+        return int(torch.zeros((), dtype=torch.int64, device=generator.device).random_(generator=generator))
     seed, offset = generator.initial_seed() % 2**64, generator.get_offset()
     generator.set_offset(offset + 4)
     low, high, _, _ = philox((offset & 0xFFFFFFFF, offset >> 32, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))

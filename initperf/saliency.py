@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from initperf import prune
 from initperf.checks import check, fail
+from initperf.core.precision import widest
 from initperf.prunable import prunable
 from initperf.ticket import named_parameters
 
@@ -47,7 +48,9 @@ def synflow(model: nn.Module, batches: Iterable[Any], loss: Loss | None = None) 
 
     Needs no data: of the batches, only the shape of the first one's first input is used. In float64, where R does not overflow.
     """
-    model = copy.deepcopy(model).double().eval()
+    home = next(model.parameters()).device
+    device = home if widest(home.type) is torch.float64 else torch.device("cpu")
+    model = copy.deepcopy(model).to(device).double().eval()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
@@ -57,11 +60,11 @@ def synflow(model: nn.Module, batches: Iterable[Any], loss: Loss | None = None) 
     if not isinstance(x, Tensor):
         fail("batches of tensors, or of tuples that begin with one", type(x).__name__)
     weights = _weights(model)
-    ones = torch.ones((1, *x.shape[1:]), dtype=torch.float64, device=x.device)
+    ones = torch.ones((1, *x.shape[1:]), dtype=torch.float64, device=device)
     gradients = torch.autograd.grad(model(ones).sum(), list(weights.values()))
     found = {n: (g * w.detach()).abs() for (n, w), g in zip(weights.items(), gradients, strict=True)}
     whole = sum(float(s.sum()) for s in found.values()) or 1.0  # scores are compared as float32
-    return {n: s / whole for n, s in found.items()}
+    return {n: (s / whole).to(widest(home.type)).to(home) for n, s in found.items()}
 
 
 SCORES: dict[str, Score] = {"snip": snip, "grasp": grasp, "synflow": synflow}

@@ -55,7 +55,19 @@ def kind_of(tensor: Any) -> str:
 
 def has_own_memory(tensor: Tensor) -> bool:
     """Whether kernels can write a plain tensor as it lies in memory."""
-    return (tensor.is_cpu or tensor.is_cuda) and tensor.is_contiguous() and not tensor.is_neg()
+    return _has_kernels(tensor) and tensor.is_contiguous() and not tensor.is_neg()
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cpu or tensor.is_cuda
+
+
+def _scratch(tensor: Tensor) -> Tensor:
+    """Memory like a tensor's, which kernels can write."""
+    if _has_kernels(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    ops.explain(tensor.device.type)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def write(tensor: Tensor, distribution: Distribution, seed: int, stream: int) -> Tensor:
@@ -64,7 +76,7 @@ def write(tensor: Tensor, distribution: Distribution, seed: int, stream: int) ->
         ops.implementation("sample_", "cpu" if tensor.is_cpu else "cuda")(tensor, *distribution, seed, stream)
         written((tensor,))
         return tensor
-    values = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device if tensor.is_cuda else "cpu")
+    values = _scratch(tensor)
     with torch.no_grad():
         return tensor.copy_(write(values, distribution, seed, stream))
 
@@ -92,8 +104,8 @@ def write_shard(
     tensor: Tensor, distribution: Distribution, shape: Sequence[int], start: Sequence[int], seed: int, stream: int
 ) -> Tensor:
     """Sample the part of a whole of `shape` that begins at `start` into a plain tensor; nothing is checked."""
-    if not tensor.is_contiguous():
-        values = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if not has_own_memory(tensor):
+        values = _scratch(tensor)
         with torch.no_grad():
             return tensor.copy_(write_shard(values, distribution, shape, start, seed, stream))
     cut = [d for d, (part, whole) in enumerate(zip(tensor.shape, shape, strict=True)) if part != whole]
@@ -219,7 +231,7 @@ def sample_survivors_into(
     if has_own_memory(values):
         write_many([values], [distribution], [stream], seed, [bits])
         return values
-    copy = torch.empty(values.shape, dtype=values.dtype, device=values.device if values.is_cuda else "cpu")
+    copy = _scratch(values)
     write_many([copy], [distribution], [stream], seed, [bits.to(copy.device)])
     with torch.no_grad():
         return values.copy_(copy)

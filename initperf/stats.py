@@ -21,6 +21,8 @@ _MEAN, _VAR, _SKEW, _KURTOSIS, _MIN, _MAX, _ZEROS, _M2, _M3, _M4, _COUNT, _NONFI
 class Moments:
     """Moments of the finite values of tensors. Fields: count, nonfinite (int64); mean, var, skew, kurtosis, min, max, zeros (float64).
 
+    On devices without float64 (MPS) they are float32: counts above 2^24 are rounded, and squares beyond its range are infinite.
+
     mean = sum x / n; var = sum (x - mean)^2 / (n - correction); skew = m3 / m2^1.5 and kurtosis = m4 / m2^2, where
     mk = sum (x - mean)^k / n (a normal distribution has 0 and 3); zeros is a fraction of the finite values.
     Where nothing is finite all of them are NaN; skew and kurtosis are NaN where all values are equal.

@@ -21,9 +21,11 @@ def structured(tensor: Tensor, found: Moments) -> tuple[str, str] | None:
         return None
     matrix = tensor.reshape(tensor.shape[0], -1)
     if low == 0 and high == 1 and int(found.count * (1 - found.zeros) + 0.5) <= max(matrix.shape):
-        if tensor.dim() == 2 and torch.equal(tensor, torch.eye(*tensor.shape, dtype=tensor.dtype)):
+        if tensor.dim() == 2 and torch.equal(
+            tensor, torch.eye(*tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        ):
             return "eye", "the identity"
-        if tensor.dim() in (3, 4, 5) and torch.equal(tensor, nn.init.dirac_(torch.empty(tensor.shape)).to(tensor)):
+        if tensor.dim() in (3, 4, 5) and torch.equal(tensor, nn.init.dirac_(torch.empty_like(tensor))):
             return "dirac", "the identity of a convolution"
     if len(matrix) > 2 and torch.equal(matrix, matrix[:1].expand_as(matrix)):
         return (
@@ -56,7 +58,7 @@ def _orthogonal_gain(matrix: Tensor) -> float | None:
         x = rows.double()
         gram = x @ x.t()
         square = float(gram.diagonal().mean())
-        off = gram - square * torch.eye(len(gram), dtype=torch.float64)
+        off = gram - square * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
         if not square > 0 or float(off.abs().max()) / square > allowed:
             return None
     return math.sqrt(square)

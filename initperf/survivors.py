@@ -91,7 +91,7 @@ def _survivors(trial: int, level: int, name: str, initial: Tensor, mask: Tensor,
     values = initial[mask].double()
     found, of_all = moments(values), moments(whole.double())
     std, scale = float(found.var.sqrt()), float(of_all.var.sqrt())
-    edges = torch.tensor(BINS[1:-1], dtype=torch.float64) * scale
+    edges = torch.tensor(BINS[1:-1], dtype=torch.float64, device=values.device) * scale
     counts = torch.bincount(torch.bucketize(values, edges), minlength=len(BINS) - 1)
     return Survivors(
         *(trial, level, name, mask.numel(), len(values), len(values) / mask.numel()),

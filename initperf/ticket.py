@@ -148,7 +148,7 @@ class Ticket:
             elif mask is None:
                 whole = self.values[name].view(shape)
             else:
-                whole = torch.zeros(shape, dtype=dtype).masked_scatter_(mask, self.values[name])
+                whole = torch.zeros(shape, dtype=dtype, device="cpu").masked_scatter_(mask, self.values[name])
             digest.add(name, whole)
             found[name] = _pruned(whole, mask)
         if digest.hex() != self.sha256:
@@ -184,7 +184,7 @@ class Ticket:
         with torch.no_grad():
             for name, parameter in named_parameters(model).items():
                 layer = compressed.get(name)
-                parameter.copy_(initial[name] if layer is None else initial[name][layer.weight_mask][:, None])
+                parameter.copy_(initial[name] if layer is None else initial[name][layer.weight_mask.cpu()][:, None])
             for name, buffer in self.buffers.items():
                 own[name].copy_(buffer)
         return model
@@ -292,7 +292,7 @@ def _parse(cls: type[Ticket], about: dict[str, Any], tensors: dict[str, Tensor])
 
 def regenerate(name: str, shape: tuple[int, ...], dtype: torch.dtype, init: Init, seed: int) -> Tensor:
     """The initial value of parameter `name`, on the CPU, from the RNG contract: stream_of(name), index = row-major position."""
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device="cpu")
     if init.function == "constant":
         return out.fill_(init.args[0])
     return ops.implementation("sample_", "cpu")(out, *init.distribution(dtype), seed, rng.stream_of(name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +44,7 @@ from torch.overrides import _get_current_function_mode_stack as function_mode_st
 from torch.utils._device import DeviceContext  # the mode that torch.device is as a context
 
 __all__ = [
+    "AUTOCAST_KEYS",
     "MEMBERS",
     "WRAPPERS",
     "ConvNd",
@@ -123,9 +124,16 @@ def graph_task() -> int:
 
 # --- dispatch and autograd ---
 below_autograd: Callable[[], Any] = _AutoDispatchBelowAutograd  # context manager
+# Of devices that autocast has a dispatch key for.
+AUTOCAST_KEYS = tuple(f"Autocast{device}" for device in ("CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1"))
 # Context manager. Public: torch.autocast(device, enabled=False), 2.4 us more, and it empties autocast's cache
 below_autocast: Callable[[], Any] = partial(
-    _ExcludeDispatchKeyGuard, DispatchKeySet(DispatchKey.AutocastCPU).add(DispatchKey.AutocastCUDA)
+    _ExcludeDispatchKeyGuard,
+    reduce(
+        DispatchKeySet.add,
+        (getattr(DispatchKey, key) for key in AUTOCAST_KEYS[1:]),
+        DispatchKeySet(DispatchKey.AutocastCPU),
+    ),
 )
 # Of each tensor of a tuple. Public: torch.autograd.graph.increment_version, 0.2 us more
 increment_version: Callable[[tuple[Tensor, ...]], None] = _increment_version

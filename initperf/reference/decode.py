@@ -57,7 +57,7 @@ def _pack(weight: Tensor, mask: Tensor, byte_columns: bool) -> Packed:
         for group in rows[r]:
             free = GROUP - len(group)
             base = group[0] if byte_columns else 0
-            values.append(torch.nn.functional.pad(weight[r, torch.tensor(group)], (0, free)))
+            values.append(torch.nn.functional.pad(weight[r, torch.tensor(group, device=weight.device)], (0, free)))
             distances.append([c - base for c in group] + [0] * free)
             bases.append(base)
         start.append(len(values))

@@ -1,10 +1,12 @@
-"""Moments by their definition, in float64."""
+"""Moments by their definition, in float64, or in float32 on devices that have none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+
+from initperf.core.precision import widest
 
 Shape = tuple[int, int, int, int, int]  # A, C, I, step of A, step of C, in elements
 
@@ -14,7 +16,7 @@ def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int
 
     tensors: float32, bfloat16, float16 or float64, on one device, each with the memory that its shape names.
     shapes: A, C, I, step of A, step of C, in elements; the step of I is 1. order: 4, or 2 (NaN for what needs more).
-    Returns float64 (12, channels): mean, var with `correction`, skew, kurtosis, min, max, fraction of zeros, and the
+    Returns float64 (float32 where the device has none) (12, channels): mean, var with `correction`, skew, kurtosis, min, max, fraction of zeros, and the
     central moments 2, 3 and 4, of the finite values; how many are finite, how many are not.
     """
     return torch.cat([_channels(x, shape, order, correction) for x, shape in zip(tensors, shapes, strict=True)], 1)
@@ -22,12 +24,14 @@ def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int
 
 def _channels(x: torch.Tensor, shape: Shape, order: int, correction: float) -> torch.Tensor:
     a, c, i, step_a, step_c = shape
-    x = torch.as_strided(x, (a, c, i), (step_a, step_c, 1)).detach().transpose(0, 1).reshape(c, a * i).double()
+    x = torch.as_strided(x, (a, c, i), (step_a, step_c, 1)).detach().transpose(0, 1).reshape(c, a * i)
+    x = x.to(widest(x.device.type))
     finite = x.isfinite()
-    count = finite.sum(1).double()
+    count = finite.sum(1).to(x.dtype)
     x = x.where(finite, 0)
     # Powers of values above 1e77 or below 1e-77 leave float64: the moments are those of x / size, scaled back.
-    size = torch.exp2(x.abs().amax(1, keepdim=True).clamp(1e-290).log2().ceil()) if a * i else x.new_ones(c, 1)
+    least = 1e-290 if x.dtype is torch.float64 else 1e-37
+    size = torch.exp2(x.abs().amax(1, keepdim=True).clamp(least).log2().ceil()) if a * i else x.new_ones(c, 1)
     z = x / size
     origin = z.sum(1, keepdim=True) / count[:, None]
     d = (z - origin).where(finite, 0)

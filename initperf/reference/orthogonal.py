@@ -69,7 +69,7 @@ def orthogonal_(matrix: Tensor) -> Tensor:
         t = _triangle(v, tau, first)
         _reflect(v, t.t(), matrix[:, first + PANEL :], first)
         panels.append((first, v, t, sign))
-    q = torch.eye(m, n, dtype=matrix.dtype)
+    q = torch.eye(m, n, dtype=matrix.dtype, device=matrix.device)
     for first, v, t, _ in reversed(panels):
         _reflect(v, t, q[:, first:], first)
     return matrix.copy_(q * torch.cat([sign for *_, sign in panels]))

@@ -32,7 +32,7 @@ Number = Tensor | float
 def fma(x: Tensor, y: Number, z: Number) -> Tensor:
     """x * y + z, rounded once. The float64 product is exact; its sum with z is rounded to odd, so that rounding again to float32 is right."""
     product = x.double() * (y.double() if isinstance(y, Tensor) else y)
-    addend = z.double() if isinstance(z, Tensor) else torch.tensor(z, dtype=torch.float64)
+    addend = z.double() if isinstance(z, Tensor) else z
     total = product + addend
     part = total - product
     error = (product - (total - part)) + (addend - part)
@@ -136,6 +136,7 @@ def _values(index: Tensor, dtype: torch.dtype, kind: int, params: Sequence[float
     return _finish(z, scale, params, dtype)
 
 
+@torch.no_grad()
 def sample_(
     out: Tensor,
     kind: int,

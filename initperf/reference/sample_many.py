@@ -18,6 +18,7 @@ def unpacked(bits: Tensor) -> Tensor:
     return (bits[:, None] >> torch.arange(_BITS, dtype=torch.uint8, device=bits.device) & 1).flatten().bool()
 
 
+@torch.no_grad()
 def sample_many_(
     outs: Sequence[Tensor],
     distributions: Sequence[tuple[int, tuple[float, ...]]],
@@ -48,4 +49,4 @@ def sample_many_(
     if not moments:
         return None
     shapes = [(1, 1, x.numel(), 0, 0) for x in kept]
-    return moments_of(kept, shapes, 2, 0.0)[:2] if kept else torch.empty((2, 0), dtype=torch.float64)
+    return moments_of(kept, shapes, 2, 0.0)[:2] if kept else torch.empty((2, 0), dtype=torch.float64, device="cpu")

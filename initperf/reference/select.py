@@ -38,7 +38,8 @@ def kth_smallest(values: Sequence[Tensor], alive: Sequence[Tensor] | None, k: in
         keys = keys[torch.cat([a.flatten() for a in alive])]
     nans = 0
     if values[0].is_floating_point():
-        nans = int((keys > int(_keys(torch.tensor(float("inf"), dtype=values[0].dtype)))).sum())
+        infinity = torch.tensor(float("inf"), dtype=values[0].dtype, device="cpu")
+        nans = int((keys > int(_keys(infinity))).sum())
     if k == 0:
         return torch.tensor([0, 0, int((keys == 0).sum()), nans], device=keys.device)
     smallest = keys.sort().values[:k]
