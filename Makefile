@@ -1,21 +1,25 @@
 # Every target makes its own environment in .venv; nothing else has to be installed but Python 3.10+ with venv.
+# TORCH=2.15.0 makes one with that version in .venv-2.15.0; PYTHON=python3.13 makes it of that interpreter.
 PYTHON ?= python3
-BIN := .venv/bin
+DEFAULT_TORCH := 2.13.0
+TORCH ?= $(DEFAULT_TORCH)
+VENV := .venv$(addprefix -,$(filter-out $(DEFAULT_TORCH),$(TORCH)))
+BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow test-zoo bench gpu-report gpu lint format clean
 
-.venv/.installed: setup.py pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -e ".[dev]"
+$(VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) -e ".[dev]"
 	touch $@
 
-demo: .venv/.installed
+demo: $(VENV)/.installed
 	$(BIN)/initperf ticket --data digits --out runs/demo
 
-test: .venv/.installed
+test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
-test-slow: .venv/.installed
+test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
 # torchvision and timm need CUDA's torch, gigabytes: a second environment, never part of the others
@@ -29,24 +33,24 @@ test-slow: .venv/.installed
 test-zoo: .venv-zoo/.installed
 	.venv-zoo/bin/python -m pytest -m zoo tests/test_zoo.py
 
-bench: .venv/.installed
+bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-gpu-report: .venv/.installed
+gpu-report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu_static --write
 
-gpu: .venv/.installed
+gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu_run
 
-lint: .venv/.installed
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv/.installed
+format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-zoo build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .venv-* build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
