@@ -55,16 +55,12 @@ def kind_of(tensor: Any) -> str:
 
 def has_own_memory(tensor: Tensor) -> bool:
     """Whether kernels can write a plain tensor as it lies in memory."""
-    return _has_kernels(tensor) and tensor.is_contiguous() and not tensor.is_neg()
-
-
-def _has_kernels(tensor: Tensor) -> bool:
-    return tensor.is_cpu or tensor.is_cuda
+    return (tensor.is_cpu or tensor.is_cuda) and tensor.is_contiguous() and not tensor.is_neg()
 
 
 def _scratch(tensor: Tensor) -> Tensor:
     """Memory like a tensor's, which kernels can write."""
-    if _has_kernels(tensor):
+    if tensor.is_cpu or tensor.is_cuda:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     ops.explain(tensor.device.type)
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
