@@ -1,11 +1,8 @@
 """Masks: exact counts, the right weights, ties by index, the three implementations of the selection."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from forks import assert_same_in_a_forked_child, needs_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -226,20 +223,10 @@ def test_wrong_arguments_are_named(call, message):
         call({"w": torch.randn(4, 5)})
 
 
+@needs_fork
 def test_pruning_works_in_a_forked_child():
-    code = """
-import os, torch
-from initperf import prune
-weights = {"w": torch.randn(600, 600)}
-expected = prune.magnitude(weights, 0.3)["w"]
-pid = os.fork()
-if pid == 0:
-    os._exit(0 if torch.equal(prune.magnitude(weights, 0.3)["w"], expected) else 1)
-assert os.waitpid(pid, 0)[1] == 0
-"""
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork on this system")
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    weights = {"w": torch.randn(600, 600)}
+    assert_same_in_a_forked_child(lambda: prune.magnitude(weights, 0.3).values())
 
 
 def test_selection_runs_on_the_compiled_kernel():

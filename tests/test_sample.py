@@ -1,9 +1,6 @@
 """Sampling: the Numba and the Triton kernels give the bits of the plain-torch definition, and those follow the distribution."""
 
 import math
-import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from forks import assert_same_in_a_forked_child, needs_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from initperf.kernels.cpu import jit
@@ -433,18 +431,6 @@ def test_the_definitions_fma_rounds_once(x, y, z):
     )
 
 
+@needs_fork
 def test_a_forked_child_samples_the_same_bits():
-    script = """
-import os, torch
-from initperf import rng
-from initperf.kernels.cpu.sample import sample_
-want = sample_(torch.empty(300_000), *rng.normal(0, 1), 1, 0)
-pid = os.fork()
-if pid == 0:
-    got = sample_(torch.empty(300_000), *rng.normal(0, 1), 1, 0)
-    os._exit(0 if got.numpy().tobytes() == want.numpy().tobytes() else 3)  # torch's own threads would hang here
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert_same_in_a_forked_child(lambda: [cpu_sample_(torch.empty(300_000), *rng.normal(0, 1), 1, 0)])

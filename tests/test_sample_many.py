@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import assert_same_in_a_forked_child, needs_fork
 from initperf.kernels.cpu import sample_many
 from initperf.kernels.cpu.sample import sample_ as cpu_sample_
 from initperf.kernels.cpu.sample_many import sample_many_ as cpu_sample_many_
@@ -197,24 +198,14 @@ def test_values_beyond_float16_count_for_nothing_in_the_moments(sample_many_, gp
     assert found[:, 0].tolist() == pytest.approx(exact_moments(out), rel=1e-4)
 
 
+@needs_fork
 def test_a_forked_child_samples_a_list():
-    script = """
-import os, torch
-from initperf import rng
-from initperf.kernels.cpu.sample_many import sample_many_
-def sampled():
-    out = torch.empty(300_000)
-    sample_many_([out], [tuple(rng.normal(0, 1))], [5], 1)
-    return out.numpy().tobytes()
-want = sampled()
-pid = os.fork()
-if pid == 0:
-    os._exit(0 if sampled() == want else 3)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    def call():
+        out = torch.empty(300_000)
+        cpu_sample_many_([out], [tuple(rng.normal(0, 1))], [5], 1)
+        return [out]
+
+    assert_same_in_a_forked_child(call)
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 63, 64, 1000])
