@@ -6,14 +6,17 @@ import sys
 
 import pytest
 
-LIMIT = 0.3  # seconds beside `import torch`
+LIMIT = 0.2  # of what `import torch` takes
 EVERY_EXPORT = "[getattr(initperf, name) for name in getattr(initperf, '__all__', ())]"
 TIMED = f"""
-import time, torch
-start = time.perf_counter()
+import time
+times = [time.process_time()]  # of this process alone, whatever else the machine does
+import torch
+times.append(time.process_time())
 import initperf
 {EVERY_EXPORT}
-print(time.perf_counter() - start)
+times.append(time.process_time())
+print((times[2] - times[1]) / (times[1] - times[0]))
 """
 LOADED = f"""
 import sys, torch
@@ -43,13 +46,9 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_importing_initperf_and_all_it_exports_adds_at_most_a_third_of_a_second_to_torch():
-    times = []
-    for _ in range(6):  # the best of some, since other programs share the machine
-        times.append(float(run(TIMED)))
-        if min(times) <= LIMIT:
-            return
-    pytest.fail(f"Expected at most {LIMIT} s. Got {times}.")
+def test_importing_initperf_and_all_it_exports_adds_at_most_a_fifth_to_torch():
+    shares = [float(run(TIMED)) for _ in range(3)]
+    assert min(shares) <= LIMIT, shares
 
 
 def test_importing_initperf_loads_no_compiler_and_no_plotting():
