@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_chain import dense_of, in_threads, layer, model, with_threads
-from tolerance import assert_close_to_exact, bits
+from forks import assert_same_in_a_forked_child, needs_fork
+from test_chain import assert_right, dense_of, in_threads, layer, model, with_threads
+from tolerance import assert_close_to_exact, assert_near, bits, of_network
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -60,23 +61,19 @@ def masks_of(network):
     ]
 
 
-def dense_gradients(ours, x, dy, dtype, needs_x=True):
-    found = gradients(dense_of(ours, dtype), x.to(dtype), dy, needs_x)
-    masks = [None] * (2 if needs_x else 1) + masks_of(ours)
-    return [g if mask is None else torch.where(mask, g, 0) for g, mask in zip(found, masks, strict=True)]
+def assert_right_gradients(got, ours, x, dy, needs_x=True):
+    """got is [y, dx, then of every parameter, dense] of the dense network, within rounding."""
+    y, dx, *expected = of_network(dense_of(ours), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+    expected = [e if mask is None else e.where(mask) for e, mask in zip(expected, masks_of(ours), strict=True)]
+    for mine, right in zip(got, [y, *([dx] if needs_x else []), *expected], strict=True):
+        assert_close_to_exact(mine, right.at(lambda t, shape=mine.shape: t.reshape(shape)))
 
 
 def check(ours, x, needs_x=True):
     dy = torch.randn(*x.shape[:-1], [m for m in ours if isinstance(m, SparseLinear)][-1].out_features)
     got, counts = counted(lambda: gradients(ours, x, dy.to(x.dtype), needs_x))
     assert counts == (1, 1)
-    exact = dense_gradients(ours, x, dy.to(x.dtype).double(), torch.float64, needs_x)
-    if x.dtype == torch.float64:
-        torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-12)
-    else:
-        theirs = dense_gradients(ours, x, dy.to(x.dtype), x.dtype, needs_x)
-        for mine, right, other in zip(got, exact, theirs, strict=True):
-            assert_close_to_exact(mine, right, other)
+    assert_right_gradients(got, ours, x, dy.to(x.dtype), needs_x)
     return got
 
 
@@ -159,7 +156,7 @@ def test_a_negated_gradient():
     dy = torch.randn(7, 10, dtype=torch.complex64)
     y = ours(x)
     got = torch.autograd.grad(y, x, dy.conj().imag, retain_graph=True)[0]
-    torch.testing.assert_close(got, torch.autograd.grad(y, x, -dy.imag.contiguous())[0])
+    assert_near(got, torch.autograd.grad(y, x, -dy.imag.contiguous())[0])
 
 
 @pytest.mark.parametrize(
@@ -271,10 +268,11 @@ def test_a_gradient_penalty_trains_as_in_the_dense_network():
         found.append([p.grad for p in network.parameters()])
     for mine, right, mask in zip(*found, masks_of(ours), strict=True):
         if mask is None:
-            assert mine is None or right is None or torch.allclose(mine, right)
+            if mine is not None and right is not None:
+                assert_near(mine, right)
         else:
             owner = next(m for m in ours if isinstance(m, SparseLinear) and m.weight_shape == right.shape)
-            torch.testing.assert_close(owner.expand(mine), right * mask)
+            assert_near(owner.expand(mine), right * mask)
 
 
 def test_many_gradients_at_once():
@@ -284,7 +282,7 @@ def test_many_gradients_at_once():
     for i in range(3):
         want = torch.autograd.grad(y, [x, *ours.parameters()], many[i], retain_graph=True)
         for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
+            assert_near(a[i], b)
 
 
 def test_nan_passes_a_relu_as_torch_lets_it():
@@ -332,7 +330,8 @@ def test_what_is_saved_may_be_moved_by_hooks():
         lambda t: t, lambda t: torch.stack([t, t], -1)[..., 0] if t.shape[-1] == 1 else t
     )
     with strided:
-        torch.testing.assert_close(gradients(ours, x, dy), want, rtol=1e-4, atol=1e-5)
+        for got, right in zip(gradients(ours, x, dy), want, strict=True):
+            assert_near(got, right)
     for change in (
         lambda t: t.double(),
         lambda t: t[:1] if t.shape[-1] == 1 else t,  # values
@@ -373,9 +372,9 @@ def test_parameters_with_a_pending_negation():
     for name in ("0.bias", "0.weight_values"):
         given = dict(ours.named_parameters())[name].detach()
         want = functional_call(ours, {name: -given}, (x,))
-        torch.testing.assert_close(functional_call(ours, {name: torch._neg_view(given)}, (x,)), want)
+        assert_near(functional_call(ours, {name: torch._neg_view(given)}, (x,)), want)
         with torch.no_grad():
-            torch.testing.assert_close(functional_call(ours, {name: torch._neg_view(given)}, (x,)), want)
+            assert_near(functional_call(ours, {name: torch._neg_view(given)}, (x,)), want)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -444,8 +443,8 @@ def test_a_layer_used_twice():
     assert counts == (1, 1)
     dense = shared.to_dense()
     nn.Sequential(dense, nn.ReLU(), dense)(x).backward(dy)
-    torch.testing.assert_close(shared.expand(shared.weight_values.grad), dense.weight.grad * shared.weight_mask)
-    torch.testing.assert_close(shared.bias.grad, dense.bias.grad)
+    assert_near(shared.expand(shared.weight_values.grad), dense.weight.grad * shared.weight_mask)
+    assert_near(shared.bias.grad, dense.bias.grad)
 
 
 def test_other_parameters_by_functional_call_get_the_gradients():
@@ -468,12 +467,15 @@ def test_func_transforms_autocast_and_compilation_call_the_layers():
     want = torch.autograd.grad(ours(x).square().sum(), list(parameters.values()))
     found, counts = counted(lambda: torch.func.grad(loss)(parameters, x))
     assert counts == (0, 0)
-    torch.testing.assert_close(tuple(found.values()), want, rtol=1e-4, atol=1e-4)
+    for got, right in zip(found.values(), want, strict=True):
+        assert_near(got, right)
     with torch.autocast("cpu", torch.bfloat16):
         assert counted(lambda: ours(x).float().sum().backward())[1] == (0, 0)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(x).square().sum(), list(parameters.values()))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for got, right in zip(
+        torch.autograd.grad(compiled(x).square().sum(), list(parameters.values())), want, strict=True
+    ):
+        assert_near(got, right)
 
 
 def test_wrong_inputs_get_the_layers_errors():
@@ -494,7 +496,7 @@ def test_values_that_are_not_contiguous_or_too_few():
     assert not values.is_contiguous()
     y, counts = counted(lambda: ours(x))
     assert counts == (0, 0)
-    torch.testing.assert_close(y, dense_of(ours)(x))
+    assert_right(y, ours, x)
     values.data = values.data[:-1].contiguous()
     with pytest.raises(RuntimeError, match="survivors"):
         ours(x)
@@ -551,10 +553,11 @@ def test_training_and_inference_take_turns():
         y = ours(x)
         nn.functional.cross_entropy(y, target).backward()
         with torch.no_grad():
-            torch.testing.assert_close(ours(x), y)
+            assert_right(ours(x), ours, x)
+            assert_right(y, ours, x)
         optimizer.step()
         with torch.no_grad():
-            torch.testing.assert_close(ours(x), dense_of(ours)(x))
+            assert_right(ours(x), ours, x)
 
 
 def test_where_layers_alone_pay_they_are_called():
@@ -636,19 +639,13 @@ def test_nothing_is_read_or_written_beyond_an_operand(rows, density, widths, mon
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, want, strict=True))
 
 
-def test_fork_safe_where_a_child_trains(tmp_path):
-    """A forked child has one thread."""
-    import os
+@needs_fork
+def test_a_forked_child_trains():
+    ours, x, dy = model(784, 300, 100, 10), torch.randn(60, 784, requires_grad=True), torch.randn(60, 10)
 
-    ours, x, dy = model(784, 300, 100, 10), torch.randn(60, 784), torch.randn(60, 10)
-    want = gradients(ours, x, dy)
-    child = os.fork()
-    if not child:
-        try:
-            torch.set_num_threads(1)
-            same = all(torch.equal(a, b) for a, b in zip(gradients(ours, x, dy), want, strict=True))
-            (tmp_path / "same").write_text(str(same))
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    assert (tmp_path / "same").read_text() == "True"
+    def call():
+        y = ours(x)
+        return [y, *torch.autograd.grad(y, [x, *ours.parameters()], dy)]
+
+    assert counted(call)[1] == (1, 1)
+    assert_same_in_a_forked_child(call)

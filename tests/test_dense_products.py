@@ -3,15 +3,13 @@
 import ctypes
 import mmap
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from forks import assert_same_in_a_forked_child, needs_fork
 from initperf.kernels.cpu.team import NO_TEAM
-from tolerance import assert_close_to_exact, bits
+from tolerance import assert_close_to_exact, assert_near, bits, linear, of_linear, of_squares, product, sums
 from torch import nn
-from torch.nn import functional as F
 from walls import before_a_wall
 
 from initperf import SparseLinear, choice, ops
@@ -75,23 +73,19 @@ class Case:
             own.grad_values(self.dy, self.x, packed, len(values)),
         )
 
-    def torchs(self, dtype):
-        x, dy, weight = self.x.to(dtype), self.dy.to(dtype), self.weight.to(dtype)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x, weight, bias), dy @ weight, (dy.t() @ x).masked_fill(~self.mask, 0)
+    def exact(self):
+        forward, grad_weight = linear(self.x, self.weight, self.bias), product(self.dy.t(), self.x)
+        return forward, product(self.dy, self.weight), grad_weight.where(self.mask)
 
 
 @pytest.mark.parametrize(("rows", "outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_products_of_a_dense_weight(rows, outputs, inputs, bias):
     case = Case(rows, outputs, inputs, 0.4, bias)
-    found, exact, torchs = case.dense(), case.torchs(torch.float64), case.torchs(torch.float32)
-    for name in ("x", "dy", "weight", "bias"):
-        setattr(case, name, None if getattr(case, name) is None else getattr(case, name).abs())
-    for results in zip(found, exact, torchs, case.torchs(torch.float64), strict=True):
-        assert_close_to_exact(*results)
-    case = Case(rows, outputs, inputs, 0.4, bias)
-    assert not bits(case.dense()[2])[~case.mask].any()
+    found = case.dense()
+    for got, right in zip(found, case.exact(), strict=True):
+        assert_close_to_exact(got, right)
+    assert not bits(found[2])[~case.mask].any()
 
 
 @pytest.mark.parametrize("rows", [4, 16, 40])
@@ -135,7 +129,7 @@ def test_the_gradients_by_one_call(rows, outputs, inputs, density, threads):
                     for one, other in zip(found[:2], want, strict=True):
                         assert one is None or (one.shape == other.shape and torch.equal(bits(one), bits(other)))
                     if found[2] is not None:
-                        assert_close_to_exact(found[2], dy.double().sum(0), dy.sum(0), dy.abs().double().sum(0))
+                        assert_close_to_exact(found[2], sums(lambda t: t.sum(0), dy))
     finally:
         torch.set_num_threads(before)
 
@@ -200,34 +194,38 @@ def test_nothing_is_read_or_written_beyond_an_operand(rows, outputs, inputs, den
 def test_no_rows_and_no_columns():
     for rows, outputs, inputs in ((0, 3, 4), (5, 0, 4), (5, 3, 0), (40, 0, 4), (40, 3, 0)):
         case = Case(rows, outputs, inputs, 0.5)
-        for found, want in zip(case.dense(), case.torchs(torch.float32), strict=True):
-            torch.testing.assert_close(found, want, rtol=0, atol=0)
+        for found, want in zip(case.dense(), case.exact(), strict=True):
+            assert torch.equal(found, want.exact.float())
         assert case.compressed()[2].shape == (len(case.values), 1)
         assert not case.compressed()[2].any()
 
 
 def test_very_many_rows():
     case = Case(20_000, 9, 20, 0.5)
-    for found, want in zip(case.dense(), case.torchs(torch.float64), strict=True):
-        torch.testing.assert_close(found, want.float(), rtol=1e-4, atol=1e-3)
+    for found, want in zip(case.dense(), case.exact(), strict=True):
+        assert_close_to_exact(found, want)
 
 
 def test_few_rows_spread_nan_and_infinity_as_a_dense_product_does():
     x, dy, weight = torch.randn(3, 300), torch.randn(3, 200), torch.randn(200, 300)
     x[0, 7], x[1, 299], weight[5, 3], dy[2, 199] = float("nan"), float("inf"), float("inf"), float("nan")
     mask = torch.ones(200, 300, dtype=torch.bool)
-    for found, dense in (
-        (own.forward(x, weight, None, len(weight)), F.linear(x, weight)),
-        (own.grad_input(dy, weight, weight.shape[1]), dy @ weight),
-        (own.grad_weight(dy, x, mask), dy.t() @ x),
+    for found, right in (
+        (own.forward(x, weight, None, len(weight)), linear(x, weight)),
+        (own.grad_input(dy, weight, weight.shape[1]), product(dy, weight)),
+        (own.grad_weight(dy, x, mask), product(dy.t(), x)),
     ):
-        torch.testing.assert_close(found, dense, equal_nan=True, rtol=1e-4, atol=1e-4)
+        finite = right.exact.isfinite()
+        assert torch.equal(found[~finite].nan_to_num(7), right.exact[~finite].float().nan_to_num(7))
+        assert_close_to_exact(found[finite], right.at(lambda t, finite=finite: t[finite]))
     assert not own.grad_weight(dy, x, ~mask).any()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 300])
-def test_which_products_a_layer_runs(rows):
-    """Which products run, and that they, and their gradients of any order, are the layer's own."""
+@pytest.mark.parametrize("faster", [True, False])
+def test_which_products_a_layer_runs(rows, faster, monkeypatch):
+    """Where MKL is slow and where it is fast: which products run, and that they and their gradients are the layer's."""
+    monkeypatch.setattr(own, "_FASTER", faster)
     mask = torch.rand(400, 400, generator=torch.Generator().manual_seed(0)) < 0.5
     layer = MaskedLinear(400, 400, mask=mask)
     dense, x = layer.to_linear(), torch.randn(rows, 400)
@@ -237,18 +235,18 @@ def test_which_products_a_layer_runs(rows):
         grads = torch.autograd.grad(layer(x_).pow(2).sum(), (x_, layer.weight, layer.bias))
         counted = ops.CALLS - before
         assert (counted["masked_grad_weight", "numba-dense"] == 1) == own.pays(rows, 160_000, torch.float32)
-        want = torch.autograd.grad(dense(x_).pow(2).sum(), (x_, dense.weight, dense.bias))
-        want = (want[0], want[1].masked_fill(~mask, 0), want[2])
-        for one, other in zip(grads, want, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        assert not grads[1][~mask].any()
+        want = of_linear(dense, x, of_squares(linear(x, dense.weight, dense.bias)))
+        want[2] = want[2].where(mask)
         with torch.no_grad():
-            torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-4)
+            grads = (layer(x), *grads)
+        for one, right in zip(grads, want, strict=True):
+            assert_close_to_exact(one, right)
+        assert not grads[2][~mask].any()
         for module in (layer, dense):
             module.zero_grad()
             (dx,) = torch.autograd.grad(module(x_).pow(3).sum(), x_, create_graph=True)
             dx.square().mean().backward()
-        torch.testing.assert_close(layer.weight.grad, dense.weight.grad.masked_fill(~mask, 0), rtol=1e-3, atol=1e-3)
+        assert_near(layer.weight.grad, dense.weight.grad.masked_fill(~mask, 0))
 
 
 def test_few_rows_of_a_transposed_weight():
@@ -258,10 +256,9 @@ def test_few_rows_of_a_transposed_weight():
     x = torch.randn(3, 400)
     with prefer("dense"):
         y = layer(x)
-        torch.testing.assert_close(y, x @ (weight * layer.weight_mask).t(), rtol=1e-4, atol=1e-4)
+        assert_close_to_exact(y, linear(x, weight * layer.weight_mask))
         y.sum().backward()
-    want = x.sum(0).expand(400, 400).masked_fill(~layer.weight_mask, 0)
-    torch.testing.assert_close(layer.weight.grad, want, rtol=1e-4, atol=1e-4)
+    assert_close_to_exact(layer.weight.grad, product(torch.ones(400, 3), x).where(layer.weight_mask))
 
 
 @pytest.fixture
@@ -303,7 +300,7 @@ def test_forward_mode_derivatives(layer):
     x, tangent = torch.randn(4, 400), torch.randn(4, 400)
     with torch.autograd.forward_ad.dual_level():
         found = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, tangent))).tangent
-    torch.testing.assert_close(found, tangent @ layer.weight.t(), rtol=1e-4, atol=1e-4)
+    assert_close_to_exact(found, linear(tangent, layer.weight))
 
 
 def test_more_outputs_than_a_packed_block_on_one_thread():
@@ -334,25 +331,33 @@ def test_fewer_threads_than_asked_for():
     assert all(torch.equal(a, b) for x, y in zip(found, want, strict=True) for a, b in zip(x, y, strict=True))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_fork
 @pytest.mark.parametrize("rows", [4, 40])
-def test_in_a_forked_child(rows):
-    code = """
-import os, signal, torch
-from initperf import MaskedLinear
-from initperf.choice import prefer
-layer, x = MaskedLinear(400, 400, mask=torch.rand(400, 400) < 0.5), torch.randn(ROWS, 400)
-with prefer("dense"):
-    layer(x)
-    if not (child := os.fork()):
-        signal.alarm(60)
-        layer(x).sum().backward()
-        os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-"""
-    code = code.replace("ROWS", str(rows))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_in_a_forked_child(layer, rows):
+    """Our products, by themselves and in layers. With many rows a masked layer may choose torch's, which could hang."""
+    case = Case(rows, 400, 400, 0.5)
+    compressed, x, dy = SparseLinear.from_masked(layer), torch.randn(rows, 400), torch.randn(rows, 400)
+    runs = [(layer, "sparse"), (compressed, "sparse"), (compressed, "dense")]
+    if own.pays(rows, 160_000, torch.float32):
+        runs.append((layer, "dense"))
+
+    def call():
+        found = [*case.dense(), *case.compressed()]
+        for module, mode in runs:
+            own_x = x.clone().requires_grad_()
+            with prefer(mode):
+                y = module(own_x)
+                found += [y, *torch.autograd.grad(y, [own_x, *module.parameters()], dy)]
+        return found
+
+    before = ops.CALLS.copy()
+    found = call()
+    assert all(backend.startswith("numba") for _, backend in ops.CALLS - before)
+    exact = of_linear(layer.to_linear(), x, dy)
+    for y, dx, _, db in zip(*[iter(found[6:])] * 4, strict=True):
+        for got, right in zip((y, dx, db), (exact[0], exact[1], exact[3]), strict=True):
+            assert_close_to_exact(got, right)
+    assert_same_in_a_forked_child(call)
 
 
 def test_only_the_bias_trains(layer):
@@ -369,7 +374,8 @@ def test_inputs_of_three_dimensions_twice(layer, rows):
     x = torch.randn(rows, 3, 400)
     with prefer("dense"):
         assert torch.equal(layer(x), layer(x))
-        torch.testing.assert_close(layer(x), layer(x.view(-1, 400)).view(rows, 3, 400))
+        for given in (x, x.view(-1, 400)):
+            assert_close_to_exact(layer(given), linear(given, layer.weight, layer.bias))
 
 
 def test_what_the_last_call_took_is_not_kept(layer):
@@ -405,8 +411,7 @@ def test_a_weight_of_other_strides_in_the_same_memory(layer, change, gradients):
     with prefer("dense"), torch.set_grad_enabled(gradients):
         layer(x)
         change(layer)
-        want = F.linear(x, layer.weight * layer.weight_mask, layer.bias)
-        torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+        assert_close_to_exact(layer(x), linear(x, layer.weight * layer.weight_mask, layer.bias))
 
 
 def test_a_weight_of_another_dtype_after_a_call(layer):
@@ -454,7 +459,7 @@ def test_saved_tensors_that_come_back_otherwise(layer, rows, unpack, compressed,
             return
     assert unpack(parameter).shape == parameter.shape
     for found, want in zip(*results, strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
+        assert_near(found, want)
 
 
 @pytest.mark.parametrize("rows", [4, 40])
@@ -469,8 +474,8 @@ def test_compressed_layers_that_do_not_fit_their_mask_or_input_raise(layer, rows
         sparse.load_state_dict(state, assign=True)
         assert torch.equal(sparse(x), want)
         sparse(x).sum().backward()
-        dw = (torch.ones(rows, 400).t() @ x)[layer.weight_mask]
-        torch.testing.assert_close(sparse.weight_values.grad.flatten(), dw, rtol=1e-4, atol=1e-4)
+        dw = product(torch.ones(400, rows), x).at(lambda t: t[layer.weight_mask])
+        assert_close_to_exact(sparse.weight_values.grad.flatten(), dw)
         for gradients in (True, False):
             with torch.set_grad_enabled(gradients), pytest.raises(InitPerfError, match="device"):
                 sparse.to("meta")(x)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tolerance import assert_close_to_exact, bits
+from tolerance import Sums, assert_close_to_exact, assert_near, bits, linear, of_linear, product
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -44,6 +44,12 @@ def path(request, monkeypatch):
         yield
 
 
+def outputs_of(layer, x) -> Sums:
+    """What the dense layer of the same parameters gives."""
+    dense = layer.to_linear()
+    return linear(x, dense.weight, dense.bias)
+
+
 def mlp(*sizes):
     layers = [nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False)]
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.ReLU())][:-1])
@@ -72,20 +78,15 @@ def test_positional_arguments_are_those_of_nn_linear():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_outputs_and_gradients_are_as_exact_as_those_of_nn_linear(path, dtype, bias):
+def test_outputs_and_gradients_are_those_of_nn_linear(path, dtype, bias):
     layer = MaskedLinear(20, 30, bias, dtype=dtype, mask=mask_of())
-    twin = layer.to_linear()
-    exact = copy.deepcopy(twin).double()
-    x, dy = torch.randn(60, 20).to(dtype), torch.randn(60, 30).to(dtype)
-    results = []
-    for module in (layer, exact, twin):
-        own = x.detach().clone().to(module.weight.dtype).detach().requires_grad_()
-        y = module(own)
-        y.backward(dy.to(y.dtype))
-        weight_grad = module.weight.grad.masked_fill(~layer.weight_mask, 0)
-        results.append([y.detach(), own.grad, weight_grad, *([module.bias.grad] if bias else [])])
-    for got, wide, dense in zip(*results, strict=True):
-        assert_close_to_exact(got, wide, dense)
+    x, dy = torch.randn(60, 20).to(dtype).requires_grad_(), torch.randn(60, 30).to(dtype)
+    y = layer(x)
+    y.backward(dy)
+    expected = of_linear(layer.to_linear(), x, dy)
+    expected[2] = expected[2].where(layer.weight_mask)
+    for got, right in zip([y, x.grad, *(p.grad for p in layer.parameters())], expected, strict=True):
+        assert_close_to_exact(got, right)
     assert not bits(layer.weight.grad)[~layer.weight_mask].any()
 
 
@@ -93,8 +94,7 @@ def test_outputs_and_gradients_are_as_exact_as_those_of_nn_linear(path, dtype, b
 def test_any_leading_dimensions_behave_as_in_nn_linear(layer, path, leading):
     x = torch.randn(*leading, 20, requires_grad=True)
     y = layer(x)
-    twin = layer.to_linear()
-    torch.testing.assert_close(y, twin(x.detach()))
+    assert_close_to_exact(y, outputs_of(layer, x))
     y.sum().backward()
     assert x.grad.shape == x.shape
     assert torch.isfinite(layer.weight.grad).all()
@@ -113,17 +113,17 @@ def test_sizes_of_zero_are_permitted_as_in_nn_linear(K, N):
 def test_masks_of_all_and_of_nothing_work(path, density):
     layer = MaskedLinear(20, 30, mask=torch.full((30, 20), bool(density)))
     x = torch.randn(6, 20, requires_grad=True)
-    torch.testing.assert_close(layer(x), layer.to_linear()(x))
+    assert_close_to_exact(layer(x), outputs_of(layer, x))
     layer(x).sum().backward()
     assert bool(layer.weight.grad.any()) == bool(density)
 
 
 def test_non_contiguous_inputs_and_weights_give_the_same(layer, path):
     x = torch.randn(20, 7).t()
-    expected = layer(x.contiguous())
-    torch.testing.assert_close(layer(x), expected)
-    layer.weight.data = layer.weight.data.t().contiguous().t()
-    torch.testing.assert_close(layer(x), expected)
+    for _ in range(2):
+        assert_close_to_exact(layer(x), outputs_of(layer, x))
+        assert_close_to_exact(layer(x.contiguous()), outputs_of(layer, x))
+        layer.weight.data = layer.weight.data.t().contiguous().t()
 
 
 def test_no_grad_and_inference_mode_give_the_same(layer):
@@ -136,7 +136,7 @@ def test_no_grad_and_inference_mode_give_the_same(layer):
         made = MaskedLinear(20, 30, mask=mask_of())
         made(x)
         made.set_mask(mask_of(seed=3))
-        assert torch.equal(made(x), made.to_linear()(x))
+        assert_close_to_exact(made(x), outputs_of(made, x))
 
 
 def test_autocast_lowers_the_layer_as_it_lowers_nn_linear(layer, path):
@@ -158,8 +158,8 @@ def test_double_backward_reaches_the_weights(path):
     own = x.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(dense(own).pow(2).sum(), own, create_graph=True)
     gradient.pow(2).sum().backward()
-    torch.testing.assert_close(x.grad, own.grad)
-    torch.testing.assert_close(layer.weight.grad, dense.weight.grad.masked_fill(~layer.weight_mask, 0))
+    assert_near(x.grad, own.grad)
+    assert_near(layer.weight.grad, dense.weight.grad.masked_fill(~layer.weight_mask, 0))
 
 
 class Copied(nn.Module):
@@ -171,12 +171,12 @@ class Copied(nn.Module):
 
 def test_a_weight_that_is_not_the_layers_own_parameter_is_masked_in_the_product(layer, path):
     x, free = torch.randn(6, 20), torch.randn(30, 20)
-    expected = nn.functional.linear(x, free.masked_fill(~layer.weight_mask, 0), layer.bias)
-    torch.testing.assert_close(torch.func.functional_call(layer, {"weight": free}, (x,)), expected)
+    expected = linear(x, free.masked_fill(~layer.weight_mask, 0), layer.bias)
+    assert_close_to_exact(torch.func.functional_call(layer, {"weight": free}, (x,)), expected)
     parametrize.register_parametrization(layer, "weight", Copied())
     with torch.no_grad():
         layer.parametrizations.weight.original.copy_(free)
-    torch.testing.assert_close(layer(x), expected)
+    assert_close_to_exact(layer(x), expected)
 
 
 def test_meta_layers_have_shapes_and_come_alive_with_everything_surviving():
@@ -209,7 +209,7 @@ def test_the_mask_survives_conversions(layer, convert):
     assert layer.weight_mask.dtype == torch.bool
     assert torch.equal(layer.weight_mask, before)
     x = torch.randn(6, 20).to(layer.weight.dtype)
-    torch.testing.assert_close(layer(x), layer.to_linear()(x))
+    assert_close_to_exact(layer(x), outputs_of(layer, x))
 
 
 def test_set_mask_prunes_at_once_and_revives_at_zero(layer):
@@ -219,7 +219,7 @@ def test_set_mask_prunes_at_once_and_revives_at_zero(layer):
     assert torch.equal(layer.weight_mask, new)
     assert torch.equal(layer.weight, before.masked_fill(~(old & new), 0))
     x = torch.randn(6, 20)
-    torch.testing.assert_close(layer(x), layer.to_linear()(x))
+    assert_close_to_exact(layer(x), outputs_of(layer, x))
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
@@ -235,8 +235,8 @@ def test_a_weight_that_is_written_past_the_mask_is_masked_again(layer, path, wri
         layer.weight.detach().copy_(new)
     else:
         layer.weight.data = new
-    wanted = nn.functional.linear(x, layer.weight.detach() * layer.weight_mask, layer.bias)
-    torch.testing.assert_close(layer(x), wanted)
+    wanted = linear(x, layer.weight.detach() * layer.weight_mask, layer.bias)
+    assert_close_to_exact(layer(x), wanted)
     assert not bits(layer.weight)[~layer.weight_mask].any()
 
 
@@ -246,9 +246,9 @@ def test_edits_of_the_mask_in_place_are_noticed(layer, path):
     layer.weight_mask[:10] = False
     y = layer(x)
     assert not layer.weight[:10].any()
-    torch.testing.assert_close(y[:, :10], layer.bias[:10].expand(6, 10))
+    assert torch.equal(y[:, :10], layer.bias[:10].expand(6, 10))
     layer.weight_mask = mask_of(seed=9)
-    torch.testing.assert_close(layer(x), layer.to_linear()(x))
+    assert_close_to_exact(layer(x), outputs_of(layer, x))
     assert layer.density == pytest.approx(mask_of(seed=9).float().mean().item())
 
 
@@ -364,7 +364,7 @@ def test_to_linear_loads_strictly_into_an_nn_linear(layer):
     linear = nn.Linear(20, 30)
     linear.load_state_dict(layer.to_linear().state_dict(), strict=True)
     x = torch.randn(6, 20)
-    torch.testing.assert_close(linear(x), layer(x))
+    assert_close_to_exact(layer(x), outputs_of(layer, x))
     layer.to_linear().weight.data.zero_()
     assert layer.weight.any()
 
@@ -396,7 +396,7 @@ def test_the_converter_of_torch_ao_pruning_finds_from_dense():
     assert isinstance(converted[0], MaskedLinear)
     assert type(converted[2]) is nn.Linear
     x = torch.randn(4, 16)
-    torch.testing.assert_close(converted(x), model(x))
+    assert_near(converted(x), model(x))
     check_masks(converted)
 
 
@@ -518,16 +518,17 @@ def test_gradients_older_than_the_mask_revive_nothing():
 
 def test_the_transforms_of_torch_func_work_as_on_a_linear_layer():
     layer = MaskedLinear(6, 5, mask=torch.rand(5, 6) < 0.5)
-    linear, x = layer.to_linear(), torch.randn(3, 6)
+    dense, x = layer.to_linear(), torch.randn(3, 6)
 
     def loss(module):
         return lambda weights: torch.func.functional_call(module, weights, x).square().sum()
 
-    torch.testing.assert_close(torch.vmap(layer)(x), linear(x))
+    assert_close_to_exact(torch.vmap(layer)(x), outputs_of(layer, x))
     mine = torch.func.grad(loss(layer))(dict(layer.named_parameters()))
-    theirs = torch.func.grad(loss(linear))(dict(linear.named_parameters()))
-    torch.testing.assert_close(mine["weight"], theirs["weight"] * layer.weight_mask)
-    torch.testing.assert_close(torch.func.jvp(layer, (x,), (x,)), torch.func.jvp(linear, (x,), (x,)))
+    theirs = torch.func.grad(loss(dense))(dict(dense.named_parameters()))
+    assert_near(mine["weight"], theirs["weight"] * layer.weight_mask)
+    for got, right in zip(torch.func.jvp(layer, (x,), (x,)), torch.func.jvp(dense, (x,), (x,)), strict=True):
+        assert_near(got, right)
 
 
 def test_an_input_that_is_no_tensor_is_a_type_error():
@@ -551,14 +552,14 @@ def test_a_mask_edited_in_place_anywhere_is_noticed(layer, path):
         with torch.no_grad():
             layer.weight.fill_(1.0)
         y = layer(x)
-        torch.testing.assert_close(y, nn.functional.linear(x, layer.weight_mask.float(), layer.bias))
+        assert_close_to_exact(y, linear(x, layer.weight_mask.float(), layer.bias))
 
 
 def test_parameters_of_another_model_in_a_functional_call_are_masked_and_not_written(layer, path):
     other, x = nn.Linear(20, 30), torch.randn(5, 20)
     before = other.weight.detach().clone()
     got = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
-    torch.testing.assert_close(got, nn.functional.linear(x, before * layer.weight_mask, other.bias))
+    assert_close_to_exact(got, linear(x, before * layer.weight_mask, other.bias))
     assert torch.equal(other.weight, before)
 
 
@@ -566,7 +567,7 @@ def test_a_parameter_that_is_assigned_is_masked(layer, path):
     layer.weight = nn.Parameter(torch.randn(30, 20))
     assert not bits(layer.weight)[~layer.weight_mask].any()
     x = torch.randn(5, 20)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert_close_to_exact(layer(x), linear(x, layer.weight, layer.bias))
 
 
 def test_gradients_are_masked_however_they_are_asked_for(layer, path):
@@ -579,19 +580,19 @@ def test_gradients_are_masked_however_they_are_asked_for(layer, path):
     (again,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
     for found in (first, again):
         assert not bits(found)[pruned].any()
-        torch.testing.assert_close(found, want)
+        assert_near(found, want)
     loss.backward()
     layer(x).pow(2).sum().backward()  # accumulates
     assert not layer.weight.grad[pruned].any()
-    torch.testing.assert_close(layer.weight.grad, 2 * want)
+    assert_near(layer.weight.grad, 2 * want)
 
 
 def test_a_layer_called_twice_in_one_graph(layer, path):
     x, dense = torch.randn(7, 20), layer.to_linear()
     (layer(x).sum() * layer(x + 1).pow(2).sum()).backward()
     (dense(x).sum() * dense(x + 1).pow(2).sum()).backward()
-    torch.testing.assert_close(layer.weight.grad, dense.weight.grad.masked_fill(~layer.weight_mask, 0))
-    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    assert_near(layer.weight.grad, dense.weight.grad.masked_fill(~layer.weight_mask, 0))
+    assert_near(layer.bias.grad, dense.bias.grad)
 
 
 def test_hooks_on_the_weight_see_masked_gradients(layer, path):
@@ -610,7 +611,7 @@ def test_many_gradients_at_once(layer, path):
         for one, many in zip(
             torch.autograd.grad(y, (x, layer.weight, layer.bias), dy[i], retain_graph=True), found, strict=True
         ):
-            torch.testing.assert_close(many[i], one)
+            assert_near(many[i], one)
 
 
 def test_a_mask_changed_between_forward_and_backward_raises(layer, path):
@@ -625,7 +626,7 @@ def test_frozen_weights_and_frozen_biases(layer, path):
     layer.weight.requires_grad_(False)
     x = torch.randn(7, 20, requires_grad=True)
     layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(7, 20))
+    assert_close_to_exact(x.grad, product(torch.ones(7, 30), layer.weight))
     assert layer.weight.grad is None
     layer.weight.requires_grad_(True)
     layer.bias.requires_grad_(False)
@@ -640,12 +641,11 @@ def test_frozen_weights_and_frozen_biases(layer, path):
 def test_the_gradient_of_every_dtype_and_size_is_masked_in_place(dtype, shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
     layer = MaskedLinear(shape[1], shape[0], dtype=dtype, mask=mask)
-    dense = layer.to_linear()
-    x = torch.randn(4, shape[1]).to(dtype)
+    x, dy = torch.randn(4, shape[1]).to(dtype), torch.randn(4, shape[0]).to(dtype)
     with prefer("dense"):
-        layer(x).sum().backward()
-    dense(x).sum().backward()
-    assert torch.equal(layer.weight.grad, dense.weight.grad.masked_fill(~mask, 0))
+        layer(x).backward(dy)
+    assert_close_to_exact(layer.weight.grad, product(dy.t(), x).where(mask))
+    assert not bits(layer.weight.grad)[~mask].any()
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 1000, (1 << 18) + 5, (1 << 22) + 3])
@@ -701,16 +701,15 @@ def test_inputs_and_gradients_that_are_still_to_be_negated(kind, rows, gradients
     """As conj().imag gives them: their memory holds the opposite."""
     mask = torch.rand(100, 200) < 0.2
     layer = kind(200, 100, mask=mask)
-    dense, x = layer.to_dense(), torch.randn(rows, 200)
+    x, dy = torch.randn(rows, 200), torch.randn(rows, 100)
+    expected = of_linear(layer.to_dense(), -x, -dy)
     lazily = torch._neg_view(x)
     assert lazily.is_neg()
     with torch.set_grad_enabled(gradients):
-        y, expected = layer(lazily), dense(-x)
-        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        y = layer(lazily)
+        assert_close_to_exact(y, expected[0])
         if gradients:
-            dy = torch.randn(rows, 100)
             y.backward(torch._neg_view(dy))
-            expected.backward(-dy)
-            torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=1e-4, atol=1e-5)
             values = layer.weight.grad[mask] if kind is MaskedLinear else layer.weight_values.grad.flatten()
-            torch.testing.assert_close(values, dense.weight.grad[mask], rtol=1e-4, atol=1e-5)
+            assert_close_to_exact(values, expected[2].at(lambda t: t[mask]))
+            assert_close_to_exact(layer.bias.grad, expected[3])

@@ -1,7 +1,6 @@
 """moments: three implementations against each other and against exact values, within derived bounds."""
 
 import math
-import os
 import sys
 from fractions import Fraction
 from importlib import import_module
@@ -10,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import assert_same_in_a_forked_child, needs_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from initperf.kernels.cpu import moments as cpu
 from initperf.kernels.cpu.team import NO_TEAM, team
-from tolerance import allowed_error, bits
+from tolerance import Result, assert_close_to_exact, bits, sums
 
 from initperf.checks import InitPerfError
 from initperf.stats import Moments, moments
@@ -136,14 +136,29 @@ def test_large_tensors_combine_their_chunks_exactly(dtype, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_mean_and_variance_are_as_close_to_exact_as_the_dense_bound_asks(dtype):
-    for kind in KINDS[:-1]:
-        x = values(kind, 100_003, dtype)
-        got, want = moments(x), exact(x)
-        for field, dense in zip(("var", "mean"), torch.var_mean(x, correction=0), strict=True):
-            right = torch.tensor(want["m2" if field == "var" else "mean"], dtype=torch.float64)
-            if right < torch.finfo(dtype).max:
-                assert (getattr(got, field) - right).abs() <= allowed_error(right, dense), (kind, field)
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_mean_and_variance_are_those_of_sixteen_float64_sums_of_distances_from_the_mean(dtype, kind):
+    """The root-mean-square over tensors. A shift within r spreads of the mean makes squares up to (1 + r)^2 times as large."""
+    xs = [values(kind, n, dtype) for n in range(20_000, 20_320, 16)]
+    got, want, random = moments(xs), [exact(x) for x in xs], kind not in ("equal", "alternating")
+    scale = 2.0**-600 if kind == "huge" and dtype == torch.float64 else 1.0  # squares would overflow
+    reach, n = 2 if dtype == torch.float64 else 9, torch.tensor([x.numel() for x in xs], dtype=torch.float64)
+    lanes = [((x.double() - w["mean"]) * scale).view(-1, 16) for x, w in zip(xs, want, strict=True)]
+
+    def summed(function, *operands):
+        return sums(lambda t: t.sum(0), sums(function, *operands).result(random=random)).result(random=random)
+
+    first = [summed(lambda d: d.sum(0), d) for d in lanes]
+    second = [summed(lambda a, b: (a * b).sum(0), d, d) for d in lanes]
+    for found, name, parts, power in ((got.mean, "mean", first, 1), (got.var, "m2", second, 2)):
+        right = torch.tensor([w[name] for w in want], dtype=torch.float64) * scale**power
+        last = 2 * U * right.abs()  # of the division, and of the shift
+        worst, variance = (torch.stack([getattr(p, name) for p in parts]) for name in ("worst", "variance"))
+        grown = reach**power / n
+        bound = Result(right, grown * worst + last, grown**2 * variance + last**2, torch.float64)
+        fits = right < math.inf
+        found = found[fits] * scale**power
+        assert_close_to_exact(found, bound.at(lambda t, fits=fits: t[fits]), random=random)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -362,17 +377,10 @@ def test_torchs_own_threads_are_found_where_it_uses_libgomp():
         assert all(team())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@needs_fork
 def test_a_forked_child_gives_the_same_bits():
     x = torch.randn(400_000)
-    want = moments(x)._rows.tolist()
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(write, b"1" if moments(x)._rows.tolist() == want else b"0")
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(read, 1) == b"1"
+    assert_same_in_a_forked_child(lambda: [moments(x)._rows])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gpu_memory import checked_memory
-from tolerance import assert_close_to_exact
+from tolerance import assert_close_to_exact, linear, product
 
 from initperf.pattern import pack_bits
 from initperf.reference import sparse_linear as reference
@@ -26,22 +26,10 @@ def test_the_three_products_and_the_dense_form_are_those_of_the_definition(N, K,
     sizes = ((nnz, 1), (N,), (B, K), (B, N))
     values, bias, x, dy = (torch.randn(*s, generator=g).to(dtype).to(gpu_device) for s in sizes)
     pattern = gpu.sparse_tensors(mask)
-    for got, definition in (
-        (
-            gpu.sparse_linear(x, values, bias, bits, N, pattern),
-            lambda x, v, b, dy: reference.sparse_linear(x, v, b, bits, N, []),
-        ),
-        (
-            gpu.sparse_grad_input(dy, values, bits, K, pattern),
-            lambda x, v, b, dy: reference.sparse_grad_input(dy, v, bits, K, []),
-        ),
-        (
-            gpu.sparse_grad_values(dy, x, bits, pattern),
-            lambda x, v, b, dy: reference.sparse_grad_values(dy, x, bits, []),
-        ),
-    ):
-        exact = definition(x.double(), values.double(), bias.double(), dy.double())
-        assert_close_to_exact(got, exact, definition(x, values, bias, dy))
-    dense = gpu.expand(values, bits, N, K)
-    assert torch.equal(dense, reference.expand(values, bits, N, K))
+    dense, kept = reference.expand(values, bits, N, K), lambda t: t[mask][:, None]
+    for module, index in ((gpu, pattern), (reference, [])):
+        assert_close_to_exact(module.sparse_linear(x, values, bias, bits, N, index), linear(x, dense, bias))
+        assert_close_to_exact(module.sparse_grad_input(dy, values, bits, K, index), product(dy, dense))
+        assert_close_to_exact(module.sparse_grad_values(dy, x, bits, index), product(dy.t(), x).at(kept))
+    assert torch.equal(gpu.expand(values, bits, N, K), dense)
     assert torch.equal(gpu.compress(dense, bits, nnz), values)
