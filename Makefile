@@ -6,7 +6,11 @@ TORCH ?= $(DEFAULT_TORCH)
 VENV := .venv$(addprefix -,$(filter-out $(DEFAULT_TORCH),$(TORCH)))
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-zoo bench gpu-report gpu lint format clean
+# What torch 2.11 to 2.15 bring (benchmarks/triton_versions.py); 3.9 needs Python 3.11
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+TRITON ?= $(firstword $(TRITONS))
+
+.PHONY: demo test test-slow test-zoo test-triton bench gpu-report gpu lint format clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +40,24 @@ test-zoo: .venv-zoo/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
-gpu-report: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.gpu_static --write
+# A Triton alone, in a folder that goes first on Python's path
+.PRECIOUS: $(VENV)/triton-%/.installed
+$(VENV)/triton-%/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==$*
+	touch $@
+
+# All GPU kernels compiled, not run, with another Triton than the installed one: make test-triton TRITON=3.8.0
+test-triton: $(VENV)/triton-$(TRITON)/.installed
+	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -m pytest -n 2 \
+		tests/test_gpu_static.py tests/test_sample_gpu_code.py tests/test_gpu_moments.py
+
+$(VENV)/triton-%/rows.json: $(VENV)/triton-%/.installed FORCE
+	-PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m benchmarks.gpu_static --json $@
+
+FORCE:
+
+gpu-report: $(TRITONS:%=$(VENV)/triton-%/rows.json)
+	$(BIN)/python -m benchmarks.gpu_static --write $^
 
 gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu_run

@@ -30,6 +30,7 @@ TARGETS = {
 }
 TARGETS |= {name: GPUTarget("hip", name, 64) for name in ("gfx942", "gfx950")}
 
+_FLOAT_OP = re.compile(r"\b((?:add|sub|mul|mad|fma|div|sqrt|rcp|ex2|lg2|sin|cos|rsqrt)\.[\w.]*f32)(x2)?\b")
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Zx0-9_.]+)([^;]*);")
 _GCN = re.compile(r"^\t([a-z]\w+)\s*(.*)")
 _WIDTHS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
@@ -59,6 +60,13 @@ class Code:
         """Bits a thread moves by each global "load" or "store" -> instructions."""
         return Counter(bits for name in self.instructions if (bits := access(name, kind)))
 
+    def float_ops(self) -> Counter[str]:
+        """Arithmetic on float32 in the PTX: instruction -> times written; one on a pair (f32x2, sm_100) counts as two."""
+        counts: Counter[str] = Counter()
+        for name, pair in _FLOAT_OP.findall(self.text):
+            counts[name] += 2 if pair else 1
+        return counts
+
     @property
     def matrix(self) -> list[str]:
         """Kinds of matrix instructions."""
@@ -73,6 +81,7 @@ class Launch:
     grid: tuple[int, ...]
     code: Code
     arguments: dict[str, Any]
+    fusion: bool | None = None  # of multiplications and additions, if the launcher says
 
     @property
     def programs(self) -> int:
@@ -127,7 +136,9 @@ def capture(target: str) -> Iterator[list[Launch]]:
         named = dict(zip(self.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in self.arg_names}
         shape = tuple(grid(named)) if callable(grid) else tuple(grid)
         scalars = {k: v for k, v in named.items() if isinstance(v, int | float | bool | str)}
-        launches.append(Launch(self.fn.__name__, shape, _read(compiled, target), scalars))
+        launches.append(
+            Launch(self.fn.__name__, shape, _read(compiled, target), scalars, kwargs.get("enable_fp_fusion"))
+        )
         return compiled
 
     JITFunction.run = record

@@ -13,6 +13,7 @@ from benchmarks.aot import Launch
 from initperf.gpu_devices import Device
 
 SIZE = 4096  # N = K, unless a case says otherwise
+MAIN = ("sm_80", "sm_90", "sm_100", "gfx942")
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SHORT = {F32: "float32", BF16: "bfloat16", F16: "float16", F64: "float64", torch.int32: "int32"}
 
@@ -39,8 +40,8 @@ class Case:
     label: str
     run: Callable[[], object]
     work: Callable[[list[Launch], Device], Work] | None = None
-    first: bool = False  # compiled for every target, not only the four main ones
-    checked: bool = False  # compiled in the tests too, as the first ones are
+    first: bool = False  # compiled for every target, not only the four main ones, and in the tests for those
+    tested: tuple[str, ...] = ()  # targets that the tests compile it for too
     load_bits: int = 128  # the widest load and store of its first kernel: what must not get narrower
     store_bits: int = 128
     load_share: float = 0.5  # of the bytes that its main loop loads, at least this come in loads so wide

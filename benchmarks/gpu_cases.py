@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from initperf.kernels.gpu import block_matmul, moments, sample, sample_many, select, targets
 
-from benchmarks.gpu_case import BF16, F16, F32, F64, SHORT, SIZE, Case, Work, meta, replaced
+from benchmarks.gpu_case import BF16, F16, F32, F64, MAIN, SHORT, SIZE, Case, Work, meta, replaced
+from benchmarks.gpu_init import init_cases
 from benchmarks.gpu_products import (
     block_case,
     decode_case,
@@ -23,7 +22,7 @@ from initperf import rng
 
 
 KINDS = {
-    "bits": lambda dtype: rng.Distribution(rng.BITS, (0.0, 0.0, -math.inf, math.inf)),
+    "bits": lambda dtype: rng.Distribution(rng.BITS, ()),
     "uniform": lambda dtype: rng.uniform(-1.0, 1.0, dtype),
     "normal": lambda dtype: rng.normal(0.0, 1.0),
     "trunc_normal": lambda dtype: rng.trunc_normal(0.0, 1.0, -2.0, 2.0, dtype),
@@ -82,6 +81,21 @@ def moments_case(dtype: torch.dtype, across: bool, order: int = 4) -> Case:
         store_bits=0,
         load_share=0.0,  # beside its wide loads it has a path for what is not aligned
         first=dtype == F32 and not across and order == 4,
+        tested=MAIN,
+    )
+
+
+def moments_list_case(tensors: int) -> Case:
+    """A list of several dtypes: one launch a class, one that combines."""
+    n = SIZE * SIZE
+    list_ = [meta(SIZE, SIZE, dtype=dtype) for dtype in (F32, BF16, F64)] * (tensors // 3)
+    return Case(
+        "moments",
+        f"a list of {len(list_)}",
+        lambda: moments.moments(list_, [(1, 1, n, n, n)] * len(list_), 2, 0.0),
+        store_bits=0,
+        load_share=0.0,
+        tested=MAIN,
     )
 
 
@@ -100,12 +114,12 @@ def select_case(what: str, dtype: torch.dtype, masked: bool) -> Case:
         store_bits=0,
         load_share=0.0,  # its loop is a search, if it has one
         first=what == "cut" and dtype == F32,
-        checked=masked,
+        tested=MAIN if masked else (),
     )
 
 
 def cases() -> list[Case]:
-    """All of them; about 400 compilations over the targets."""
+    """All of them; about 600 compilations over the targets."""
     whole, odd = SIZE * SIZE, (1000, 1003, 1001)
     result = [
         sample_case(kind, dtype, whole) for kind in ("uniform", "normal", "trunc_normal") for dtype in (F32, BF16)
@@ -119,15 +133,15 @@ def cases() -> list[Case]:
     result += [masked_case(BF16, masked=False), masked_case(BF16, into=True)]
     result += [masked_case(BF16, *sizes) for sizes in (odd, (1000, 1000, 1000))] + [masked_case(F32, 1000, 1000, 1000)]
 
-    result += [decode_case(rows, BF16, 0.1) for rows in (1, 2, 4, 8, 16, 32, 64)]
+    result += [decode_case(rows, dtype, 0.1) for dtype in (BF16, F32) for rows in (1, 2, 4, 8, 16, 32, 64)]
     result += [
         decode_case(1, BF16, 0.2),
         decode_case(16, BF16, 0.2),
         decode_case(1, BF16, 0.02),
         decode_case(1, F16, 0.1),
     ]
-    result += [decode_case(1, F32, 0.1), decode_case(8, F32, 0.1), decode_case(4, BF16, 0.1, 500, 777)]
     result += [decode_case(1, BF16, 0.1, split=4, bias=True), decode_case(1, BF16, 0.02, 1024, 70000)]
+    result += [decode_case(4, BF16, 0.1, 500, 777)]
     result += [decode_case(1, BF16, density, 28672, 8192) for density in (0.2, 0.1)]
 
     result += [spmm_case(256, F32, density) for density in (0.2, 0.1, 0.05)] + [spmm_case(256, F32, 0.1, torch.int32)]
@@ -150,7 +164,7 @@ def cases() -> list[Case]:
     ]
 
     result += [moments_case(dtype, across) for dtype in (F32, F64) for across in (False, True)]
-    result += [moments_case(F32, False, order=2)]
+    result += [moments_case(F32, False, order=2), moments_list_case(150)]
     result += [select_case(what, F32, True) for what in ("threshold", "cut")]
-    result += [select_case(what, dtype, False) for what in ("threshold", "cut") for dtype in (BF16, F64)]
-    return result
+    result += [select_case(what, dtype, False) for what in ("threshold", "cut") for dtype in (BF16, F64, torch.int32)]
+    return result + init_cases()

@@ -10,7 +10,7 @@ import torch
 from initperf.kernels.gpu import block_matmul, decode, masked_matmul, sparse_grad, sparse_linear, sparse_matmul, targets
 
 from benchmarks.aot import Launch, changed
-from benchmarks.gpu_case import BF16, F32, SHORT, SIZE, Case, Work, allow_tf32, index, meta, replaced
+from benchmarks.gpu_case import BF16, F32, F64, MAIN, SHORT, SIZE, Case, Work, allow_tf32, index, meta, replaced
 from benchmarks.gpu_model import most_loaded, resident
 from initperf.gpu_devices import Device
 
@@ -57,7 +57,7 @@ def masked_case(
         first=dtype == BF16 and b == SIZE and masked and not into,
         store_bits=8 * dtype.itemsize if k % 8 else 128,
         amd_bits=128 if dtype == F32 else 64,
-        checked=dtype == BF16 and (not masked or b == 1000),
+        tested=MAIN if dtype == BF16 and (not masked or b == 1000) else ("sm_90", "gfx942") if dtype == F64 else (),
         matrix=dtype.itemsize == 2 or tf32,
     )
 
@@ -116,7 +116,7 @@ def decode_case(
         run,
         work,
         first=label == "1 rows bfloat16, density 0.1",
-        checked=label in ("1 rows bfloat16, density 0.2", "1 rows bfloat16, density 0.1, split 4, bias"),
+        tested=MAIN if label in ("1 rows bfloat16, density 0.2", "1 rows bfloat16, density 0.1, split 4, bias") else (),
         store_bits=0,
         load_share=0.15 if b < 8 else 0.5,  # a gather of x is as narrow as its rows
     )
@@ -209,7 +209,7 @@ def sddmm_tiles_case(dtype: torch.dtype, b: int = SIZE, n: int = SIZE, k: int = 
     nbytes = dtype.itemsize * (b * k + b * n + nnz) + n * words * 8
     return Case(
         "sparse_grad", f"tiles {SHORT[dtype]} {b} x {n} x {k}", run, _tiles(b, n, k, dtype.itemsize, nbytes), store_bits=0,
-        checked=dtype == BF16 and b == SIZE, matrix=dtype.itemsize == 2,
+        tested=MAIN if dtype == BF16 and b == SIZE else (), matrix=dtype.itemsize == 2,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """`make gpu-report`: every GPU kernel compiled for every target, with no GPU; what its machine code takes, and what that predicts.
 
-Writes docs/gpu.md for people and docs/gpu.json for the test that fails when a kernel gets worse. Counts are facts of the
-machine code; times, shares and ratios are predictions of benchmarks/gpu_model.py from data sheets, and are called so.
+It runs once with each supported Triton, which writes its rows to a file (--json), and then on all files (--write): that makes
+docs/gpu.md for people and docs/gpu.json for the test that fails when a kernel gets worse. Counts are facts of the machine
+code; times, shares and ratios are predictions of benchmarks/gpu_model.py from data sheets, and are called so.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import sys
 import time
@@ -20,14 +22,14 @@ import torch
 import triton
 
 from benchmarks.aot import Code, Launch, access, capture
-from benchmarks.gpu_case import Case
+from benchmarks.gpu_case import MAIN, Case
 from benchmarks.gpu_cases import cases
 from benchmarks.gpu_model import executed, main_loop, predict, resident, trips
+from benchmarks.triton_versions import TRITONS, nearest, of_installed_torch, ordered
 from initperf.files import write_atomically
 from initperf.gpu_choice import KEYS
 from initperf.gpu_devices import BY_TARGET, Device
 
-MAIN = ("sm_80", "sm_90", "sm_100", "gfx942")
 ALSO = ("sm_86", "sm_89", "sm_120", "gfx950")  # the first case of each op only
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RECORD = DOCS / "gpu.json"
@@ -43,6 +45,7 @@ def _kernel(launch: Launch, device: Device, turns: float) -> Row:
     loop = main_loop(code)
     return {
         "kernel": launch.kernel,
+        "constants": {name: value for name, value in launch.arguments.items() if name.isupper()},
         "code": hashlib.sha256(code.text.encode()).hexdigest()[:16],
         "grid": list(launch.grid),
         "registers": code.registers,
@@ -54,6 +57,7 @@ def _kernel(launch: Launch, device: Device, turns: float) -> Row:
         "loads": {str(bits): n for bits, n in sorted(code.widths("load").items())},
         "stores": {str(bits): n for bits, n in sorted(code.widths("store").items())},
         "matrix": code.matrix,
+        "float_ops": code.float_ops(),
         "instructions": len(code.instructions),
         "loop": loop[1] - loop[0] + 1 if loop else 0,
         "turns": turns,
@@ -65,8 +69,10 @@ def measure(case: Case, target: str) -> Row:
     """Compile and read one case for one target."""
     device = BY_TARGET[target]
     row: Row = {"op": case.op, "label": case.label, "target": target, "device": device.name}
+    began = sum(os.times()[:4])
     with capture(target) as launches:
         case.run()
+    row["cpu_seconds"] = sum(os.times()[:4]) - began  # of this process and the assemblers that it called; 0 from a cache
     work = case.work(launches, device) if case.work else None
     turns = [trips(launches[0].code, work.program_macs, work.step_macs) if work else 1.0]
     turns += [1.0] * (len(launches) - 1)
@@ -115,7 +121,10 @@ def problems(case: Case, launches: list[Launch], device: Device) -> list[str]:
             found.append(f"{name}: {code.shared} bytes of shared memory, of {device.program_kib} KiB")
         elif not resident(code, device):
             found.append(f"{name}: does not fit a core")
-        if case.contract and not device.amd and (banned := sorted(set(BANNED.findall(code.text)))):
+        sampling = case.contract and name.startswith("_fill")  # with statistics, the kernels of moments come after it
+        if launch.fusion is None or (sampling and launch.fusion):
+            found.append(f"{name}: launched with enable_fp_fusion {launch.fusion}")
+        if sampling and not device.amd and (banned := sorted(set(BANNED.findall(code.text)))):
             found.append(f"{name}: PTX with {', '.join(banned)}")
     if launches:
         for kind, bits in (("load", case.load_bits), ("store", case.store_bits)):
@@ -184,7 +193,7 @@ def jobs(targets: tuple[str, ...], only: str = "", tests: bool = False) -> list[
     tests: only what the tests compile.
     """
     chosen = [(i, c) for i, c in enumerate(cases()) if only in f"{c.op} {c.label}"]
-    return [(i, t) for t in targets for i, c in chosen if c.first or (t in MAIN and (c.checked or not tests))]
+    return [(i, t) for t in targets for i, c in chosen if c.first or (t in c.tested if tests else t in MAIN)]
 
 
 def run(work: list[tuple[int, str]], processes: int = 2) -> list[Row]:
@@ -231,42 +240,74 @@ def compilations(rows: list[Row]) -> int:
     return len({(row["target"], kernel["code"]) for row in rows for kernel in row["kernels"]})
 
 
-def _write(rows: list[Row]) -> None:
+def tested(rows: list[Row]) -> list[Row]:
+    """Those that the tests compile."""
+    work = {(c.op, c.label, t) for c in cases() for t in MAIN if c.first or t in c.tested}
+    return [r for r in rows if (r["op"], r["label"], r["target"]) in work]
+
+
+def record(version: str) -> dict[str, Row]:
+    """What docs/gpu.json holds of a version: all cases of the newest one, what the tests compile of the others."""
+    stored = json.loads(RECORD.read_text())["rows"]
+    found: dict[str, Row] = stored[nearest(version, stored)]
+    return found
+
+
+def _write(paths: list[Path]) -> int:
+    """The number of cases with problems."""
     from benchmarks.gpu_tables import document
 
-    versions = {"triton": triton.__version__, "torch": torch.__version__}
-    lines = ",\n".join(f"{json.dumps(key(r))}: {json.dumps(recorded(r))}" for r in rows)
+    runs = [json.loads(path.read_text()) for path in paths]
+    rows = {
+        version: next(r["rows"] for r in runs if r["triton"] == version)
+        for version in ordered(r["triton"] for r in runs)
+    }
+    needed = {TRITONS[0], TRITONS[-1], of_installed_torch()}
+    if not needed <= set(rows):
+        raise SystemExit(f"Expected rows of Triton {', '.join(ordered(needed))}. Got {', '.join(rows)}.")
+    newest = list(rows)[-1]
+    parts = []
+    for version, found in rows.items():
+        kept = [r for r in (found if version == newest else tested(found)) if r["op"] != "init"]
+        lines = ",\n".join(f"{json.dumps(key(r))}: {json.dumps(recorded(r))}" for r in kept)
+        parts.append(f'"{version}": {{\n{lines}\n}}')
     DOCS.mkdir(exist_ok=True)
-    write_atomically(RECORD, f'{{"versions": {json.dumps(versions)}, "rows": {{\n{lines}\n}}}}\n')
-    write_atomically(DOCS.parent / "initperf" / "gpu_counts.py", counts_module(rows))
-    write_atomically(DOCS / "gpu.md", document(rows, versions, compilations(rows)))
+    write_atomically(RECORD, f'{{"torch": "{torch.__version__}", "rows": {{\n{",".join(parts)}\n}}}}\n')
+    write_atomically(DOCS.parent / "initperf" / "gpu_counts.py", counts_module(rows[newest]))
+    write_atomically(DOCS / "gpu.md", document(rows, torch.__version__))
+    return sum(bool(r["problems"]) for found in rows.values() for r in found)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--targets", nargs="+", default=[*MAIN, *ALSO], choices=list(BY_TARGET))
+    parser.add_argument("--targets", nargs="+", choices=list(BY_TARGET), help="all, if not given")
     parser.add_argument("--only", default="", help="cases whose op and label contain this")
-    parser.add_argument("--tests", action="store_true", help="only what the tests compile")
+    parser.add_argument("--tests", action="store_true", help="only what the tests compile, for the main targets")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="write docs/gpu.md and docs/gpu.json")
     parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument(
+        "--write", type=Path, nargs="+", help="compile nothing; write the pages from files that --json wrote"
+    )
     options = parser.parse_args(arguments)
+    if options.write:
+        return 1 if _write(options.write) else 0
     began = time.perf_counter()
-    rows = run(jobs(tuple(options.targets), options.only, options.tests), options.processes)
+    targets = options.targets or (MAIN if options.tests else MAIN + ALSO)
+    rows = run(jobs(tuple(targets), options.only, options.tests), options.processes)
     seconds = time.perf_counter() - began
     if options.json:
-        options.json.write_text(json.dumps(rows))
-    if RECORD.exists():
-        before = json.loads(RECORD.read_text())["rows"]
-        for row in rows:
-            if key(row) in before and (found := worse(row, before[key(row)])):
-                print(f"worse than recorded: {key(row)}: {'; '.join(found)}")
-    if options.write:
-        _write(rows)
+        options.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}))
+    before = record(triton.__version__) if RECORD.exists() else {}
+    for row in rows:
+        if key(row) in before and (found := worse(row, before[key(row)])):
+            print(f"worse than recorded: {key(row)}: {'; '.join(found)}")
     bad = [r for r in rows if r["problems"]]
     for row in bad:
         print(f"{key(row)}: {'; '.join(row['problems'])}")
-    print(f"{len(rows)} cases, {compilations(rows)} compilations, {len(bad)} with problems, {seconds:.0f} s")
+    print(
+        f"Triton {triton.__version__}: {len(rows)} cases, {compilations(rows)} compilations, {len(bad)} with problems, "
+        f"{seconds:.0f} s"
+    )
     return 1 if bad else 0
 
 

@@ -1,6 +1,7 @@
-"""Triton kernels run in the interpreter when there is no GPU; unwritten outputs are NaN; data beyond the package may be absent."""
+"""Triton kernels run in the interpreter, mended where its version needs that, when there is no GPU; unwritten outputs are NaN; data beyond the package may be absent."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _mended_interpreter():
+    """Every supported Triton interprets as its newest does."""
+    if not GPU and find_spec("triton"):
+        import triton_interpreter
+
+        triton_interpreter.mend()
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +35,15 @@ def _nan_filled_outputs():
 def gpu_device() -> str:
     """Where Triton launchers run: the GPU, or the CPU through Triton's interpreter."""
     return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(scope="session")
+def gpu_rows(tmp_path_factory):
+    """What benchmarks/gpu_static.py reads of the machine code of all kernels: (target, op, label) -> row."""
+    import gpu_rows
+
+    found = gpu_rows.once(tmp_path_factory, "rows", "-m", "benchmarks.gpu_static", "--tests", "--json")
+    return {(r["target"], r["op"], r["label"]): r for r in found["rows"]}
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
-"""Compiles kernels with planted faults for sm_90 and prints, as JSON, what gpu_static says of each. Run without TRITON_INTERPRET."""
+"""Compiles kernels with planted faults for sm_90 and writes what gpu_static says of each to a JSON file. Run without TRITON_INTERPRET."""
 
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from initperf.kernels.gpu import decode, sample, sparse_matmul
@@ -15,14 +17,14 @@ from benchmarks.gpu_cases import sample_case
 from benchmarks.gpu_products import decode_case, spmm_case
 
 
-class Limited:
-    """A kernel that may use so few registers that it spills."""
+class With:
+    """A kernel launched with other options than its launcher gives."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    def __init__(self, kernel: Any, **options: Any) -> None:
+        self.kernel, self.options = kernel, options
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.kernel[grid](*args, **kwargs, maxnreg=24)
+        return lambda *args, **kwargs: self.kernel[grid](*args, **kwargs | self.options)
 
 
 def row(case: Case, *faults: Any) -> dict[str, Any]:
@@ -44,9 +46,11 @@ if __name__ == "__main__":
     rows = {
         "approximate": row(normal, replaced(sample, _normal=wrong)),
         "slow": row(decoding, replaced(decode, _decode=slow)),
-        "spilling": row(decoding, replaced(decode, _decode=Limited(decode._decode))),
+        "spilling": row(decoding, replaced(decode, _decode=With(decode._decode, maxnreg=24))),
         "narrow": row(product, replaced(sparse_matmul, _sparse_matmul=unaligned)),
+        "fused": row(normal, replaced(sample, _fill=With(sample._fill, enable_fp_fusion=True))),
+        "undecided": row(decoding, replaced(decode, _decode=With(decode._decode, enable_fp_fusion=None))),
         "sound": row(decoding),
         "sound product": row(product),
     }
-    print(json.dumps(rows))
+    Path(sys.argv[1]).write_text(json.dumps(rows))

@@ -128,11 +128,12 @@ def test_selection_counts_and_cuts_keys_beyond_two_to_the_31_elements(monkeypatc
     last = torch.arange(n - 7, n) - FAR
     words, mask = virtual((n,), (1,), torch.int32), virtual((n,), (1,), torch.uint8)
     words[-7:] = last.to(torch.int32)
-    counts, state = torch.zeros(1 << 11, dtype=torch.int64), torch.tensor([0, 0])
+    bins = 1 << select.DIGIT
+    counts, state = torch.zeros(bins, dtype=torch.int64), torch.tensor([int(last[0]) >> select.DIGIT, 0])
     grid = (-(-n // block),)
     monkeypatch.setattr(select, "_histogram", LastProgram(select._histogram, monkeypatch))
-    select._histogram[grid](words, words, state, counts, n, 0, 11, 11, False, block)
-    assert torch.equal(counts, torch.bincount(last & 2047, minlength=1 << 11))
+    select._histogram[grid](words, words, state, counts, n, 0, 32, False, block)
+    assert torch.equal(counts, torch.bincount(last & (bins - 1), minlength=bins))
     equal = torch.zeros(grid, dtype=torch.int64)
     selection = torch.tensor([int(last[3]), 1, 0, 0])
     LastProgram(select._count_equal, monkeypatch)[grid](words, words, selection, equal, n, 32, False, block)

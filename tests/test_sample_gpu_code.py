@@ -1,118 +1,111 @@
-"""The sampling kernel's machine code, compiled ahead of time: IEEE operations as written, few instructions, wide stores, no spills.
+"""Machine code of what initperf.init and `initialize` launch for tensors on a GPU: all kinds and dtypes, IEEE operations as written, few instructions, wide stores, no spills."""
 
-Compiling needs Triton without its interpreter, so this file runs itself in a process of its own and reads its answers.
-"""
-
-import json
-import os
-import re
-import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
-UNIFORM, NORMAL, TRUNC_NORMAL, TRUNC_CENTER, TRUNC_TAIL, TRUNC_FAR, TRUNC_NARROW = range(1, 8)
-PARAMS = {UNIFORM: 4, NORMAL: 4, TRUNC_NORMAL: 9, TRUNC_CENTER: 6, TRUNC_TAIL: 9, TRUNC_FAR: 14, TRUNC_NARROW: 12}
-CASES = [
-    (target, kind, "*fp32", False) for target in ("sm_80", "sm_90", "sm_100", "gfx942") for kind in (UNIFORM, NORMAL)
-]
-CASES += [("sm_90", kind, "*fp32", False) for kind in (TRUNC_NORMAL, TRUNC_CENTER, TRUNC_TAIL, TRUNC_FAR, TRUNC_NARROW)]
-CASES += [("sm_90", kind, dtype, False) for kind in (UNIFORM, NORMAL) for dtype in ("*bf16", "*fp16")]
-CASES += [("sm_90", NORMAL, "*fp64", False), ("gfx942", NORMAL, "*bf16", False), ("sm_90", NORMAL, "*fp32", True)]
+from initperf import init
+from initperf.checks import FLOATS
 
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import gpu_init  # noqa: E402
+from benchmarks.gpu_case import MAIN, SHORT  # noqa: E402
+from initperf.kernels import contract  # noqa: E402
+
+KINDS = {
+    contract.UNIFORM: "uniform_",
+    contract.NORMAL: "normal_",
+    contract.TRUNC_CENTER: "trunc_normal_ of 2",
+    contract.TRUNC_NORMAL: "trunc_normal_ of 3",
+    contract.TRUNC_TAIL: "trunc_normal_ of a tail",
+    contract.TRUNC_FAR: "trunc_normal_ far out",
+    contract.TRUNC_NARROW: "trunc_normal_ narrow",
+}
 # Operations as the formulas of initperf/rng.py write them, a word (of NORMAL: a pair of words): Horner's rule takes as
 # many fmas as its degree; log: degree 7, and 3 more.
 LOG = 10
 FMAS = {
-    UNIFORM: 1,
-    NORMAL: LOG + 4 + 4 + 2,
-    TRUNC_NORMAL: 2 + LOG + 8 + 8 + 1,
-    TRUNC_CENTER: 2 + LOG + 6 + 1,
-    TRUNC_TAIL: 2 + LOG + 8 + 8 + 1,
-    TRUNC_FAR: 1 + LOG + 7 + 1,
-    TRUNC_NARROW: 7 + 1,
+    contract.UNIFORM: 1,
+    contract.NORMAL: LOG + 4 + 4 + 2,
+    contract.TRUNC_NORMAL: 2 + LOG + 8 + 8 + 1,
+    contract.TRUNC_CENTER: 2 + LOG + 6 + 1,
+    contract.TRUNC_TAIL: 2 + LOG + 8 + 8 + 1,
+    contract.TRUNC_FAR: 1 + LOG + 7 + 1,
+    contract.TRUNC_NARROW: 7 + 1,
 }
-SQUARE_ROOTS = {NORMAL: 1, TRUNC_NORMAL: 1, TRUNC_TAIL: 1}
-WIDEST = {"sm_90": {UNIFORM: 24.0, NORMAL: 45.0}}  # machine instructions a value, at most
+SQUARE_ROOTS = {contract.NORMAL: 1, contract.TRUNC_NORMAL: 1, contract.TRUNC_TAIL: 1}
+WIDEST = {contract.UNIFORM: 24.0, contract.NORMAL: 45.0}  # machine instructions a value of float32 on sm_90, at most
+CASES = [(kind, dtype) for kind in KINDS for dtype in FLOATS]
 
 
-def facts(target, kind, dtype, masked):
-    """Compile one specialization and count."""
-    from gpu_code import compile_for
-    from initperf.kernels.gpu.sample import TILES, _fill
-
-    tiles, warps = TILES[{"*fp64": 8, "*fp32": 4}.get(dtype, 2)]
-    warp = 64 if target == "gfx942" else 32
-    signature = dict.fromkeys(("n", "k0", "k1", "s0", "s1", "shift", "groups", "run", "stride"), "i32")
-    signature |= {"out_ptr": dtype, "first_tile": "i64", "p": ("fp32",) * PARAMS[kind]}
-    code = compile_for(
-        target,
-        _fill,
-        signature,
-        {"KIND": kind, "TILES": tiles, "ONE_RUN": True, "MASKED": masked, "INTERPRETED": False},
-        divisible_by_16=("out_ptr", "shift"),
-        num_warps=warps * 32 // warp,
-        enable_fp_fusion=False,
-    )
-    values = tiles * 1024 // (warps * 32)
-    stores = Counter(name for name in code.instructions if re.match(r"STG|(global|buffer)_store", name))
-    return {
-        "values": values,
-        "per_value": len(code.instructions) / values,
-        "spills": code.spills,
-        "registers": code.registers,
-        "stores": stores,
-        "ops": code.float_ops(),
-        "inexact": re.findall(r"\S*(?:approx|\.ftz|div\.full|\bmad\.[\w.]*f\d)\S*", code.text)
-        if target != "gfx942"
-        else [],
-    }
+def case_id(case):
+    return f"{KINDS[case[0]]} {SHORT[case[1]]}"
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """Facts of all cases, from one process without the interpreter."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return {tuple(case): found for case, found in json.loads(done.stdout)}
+def launches(gpu_rows):
+    """(kind, dtype) -> the launch on sm_90 that the function of initperf.init makes."""
+    rows = {case: gpu_rows["sm_90", "init", case_id(case)] for case in CASES}
+    assert all(len(row["kernels"]) == 1 for row in rows.values())
+    return {case: row["kernels"][0] for case, row in rows.items()}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_no_value_is_spilled(compiled, case):
-    assert compiled[case]["spills"] == 0
+def values(kernel):
+    """How many a thread samples."""
+    return kernel["constants"]["TILES"] * 1024 // (kernel["warps"] * 32)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c[0] != "gfx942"], ids=lambda case: "-".join(map(str, case)))
-def test_every_float_operation_is_one_rounded_ieee_operation(compiled, case):
-    found = compiled[case]
-    assert found["inexact"] == []
-    assert all(".rn" in name for name in found["ops"]), found["ops"]
-    formulas = found["values"] // (2 if case[1] == NORMAL else 1)
-    assert found["ops"].get("fma.rn.f32", 0) == FMAS[case[1]] * formulas
-    assert found["ops"].get("sqrt.rn.f32", 0) == SQUARE_ROOTS.get(case[1], 0) * formulas
+def test_every_function_that_samples_on_a_tensors_device_is_compiled():
+    names = {name for name in init.__all__ if name.endswith("_") and not name.startswith("_")}
+    by_value_or_on_the_cpu = {"constant_", "dirac_", "eye_", "ones_", "zeros_", "orthogonal_"}
+    compiled = {name.split()[0] for name in (*gpu_init.FUNCTIONS, *gpu_init.OTHERS)}
+    assert names - by_value_or_on_the_cpu == {name for name in compiled if name.endswith("_")}
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c[3]], ids=lambda case: "-".join(map(str, case)))
-def test_stores_are_128_bits_wide(compiled, case):
-    found = compiled[case]
-    size = {"*fp64": 8, "*fp32": 4}.get(case[2], 2)
-    assert all(re.search(r"\.128$|dwordx4$", name) for name in found["stores"]), found["stores"]
-    if case[0] != "gfx942":  # its buffer and global forms are both emitted for one store
-        assert sum(found["stores"].values()) * 16 == found["values"] * size
+def test_every_kind_is_launched_in_every_dtype(gpu_rows, launches):
+    words = [k["constants"]["KIND"] for k in gpu_rows["sm_90", "init", "sparse_"]["kernels"]]
+    assert words == [contract.NORMAL, contract.BITS]
+    assert {contract.BITS, *KINDS} == set(range(8))
+    for (kind, _), kernel in launches.items():
+        assert (kernel["kernel"], kernel["constants"]["KIND"]) == ("_fill", kind)
+        assert not kernel["constants"]["MASKED"]
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c[1] in WIDEST.get(c[0], {}) and not c[3] and c[2] == "*fp32"], ids=str
-)
-def test_instructions_a_value_stay_within_the_target(compiled, case):
-    assert compiled[case]["per_value"] <= WIDEST[case[0]][case[1]]
+def test_a_model_is_initialized_in_one_launch_and_measured_in_two_more(gpu_rows):
+    kernels = [k["kernel"] for k in gpu_rows["sm_90", "init", "initialize with stats"]["kernels"]]
+    assert kernels[0] == "_fill_many"
+    assert set(kernels[1:]) == {"_read", "combine"}
+    for target in MAIN:  # the same kernel for any list of tensors
+        assert [k["kernel"] for k in gpu_rows[target, "sample_many", "any list"]["kernels"]] == ["_fill_many"]
 
 
-if __name__ == "__main__":
-    print(json.dumps([(case, facts(*case)) for case in CASES]))
+def test_nothing_that_is_launched_has_a_flaw(gpu_rows):
+    """No spill, no stack, and in PTX only operations rounded to nearest."""
+    rows = [r for (_, op, _), r in gpu_rows.items() if op in ("init", "sample", "sample_many")]
+    assert len(rows) > len(CASES)
+    assert not {(r["target"], r["label"]): r["problems"] for r in rows if r["problems"]}
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_every_float_operation_is_one_rounded_ieee_operation(launches, case):
+    kernel = launches[case]
+    assert all(".rn" in name for name in kernel["float_ops"]), kernel["float_ops"]
+    formulas = values(kernel) // (2 if case[0] == contract.NORMAL else 1)
+    assert kernel["float_ops"].get("fma.rn.f32", 0) == FMAS[case[0]] * formulas
+    assert kernel["float_ops"].get("sqrt.rn.f32", 0) == SQUARE_ROOTS.get(case[0], 0) * formulas
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_stores_are_128_bits_wide(launches, case):
+    kernel = launches[case]
+    assert set(kernel["stores"]) == {"128"}
+    assert kernel["stores"]["128"] * 16 == values(kernel) * case[1].itemsize
+
+
+@pytest.mark.parametrize("kind", WIDEST, ids=lambda kind: KINDS[kind])
+def test_instructions_a_value_stay_within_the_target(launches, kind):
+    kernel = launches[kind, torch.float32]
+    assert kernel["instructions"] / values(kernel) <= WIDEST[kind]

@@ -29,7 +29,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (products, gradient), by block; 16 bits. float32 takes half the inner dimension.
+# (products, gradient), by block; 16 bits. float32 takes half the inner dimension and, without a matrix unit, whose arithmetic
+# is so long that it hides the loads of one step, two stages.
 _Tiles = dict[int, tuple[Tile, Tile]]
 _HOPPER: _Tiles = {
     16: (Tile(256, 64, 4, 3), Tile(128, 64, 4, 3)),
@@ -163,6 +164,10 @@ def _block_grad(
     tl.store(out_ptr, grad, mask=(at < end)[:, None, None])
 
 
+def _stages(tiles: Tile, x: Tensor) -> int:
+    return min(tiles.stages, 2) if x.element_size() == 4 and precision(x.dtype) == "ieee" else tiles.stages
+
+
 def block_matmul(
     x: Tensor,
     values: Tensor,
@@ -196,7 +201,7 @@ def block_matmul(
         BATCH=max(16, min(tiles.batch, triton.next_power_of_2(x.shape[0]))),
         INNER=tiles.inner * 2 // x.element_size(),
         num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        num_stages=_stages(tiles, x),
         enable_fp_fusion=True,
     )
     return y
@@ -222,7 +227,7 @@ def block_grad(dy: Tensor, x: Tensor, start: Tensor, columns: Tensor, order: Ten
         BATCH=tiles.inner * 2 // x.element_size(),
         MANY=many,
         num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        num_stages=_stages(tiles, x),
         enable_fp_fusion=True,
     )
     return grad

@@ -323,6 +323,6 @@ def decode(
     )
     if split > 1:
         _combine[(triton.cdiv(n, 128),)](
-            part, order, bias, y, n, b, y.stride(0), MB=mb, ROWS=128, SPLIT=split, num_warps=4
+            part, order, bias, y, n, b, y.stride(0), MB=mb, ROWS=128, SPLIT=split, num_warps=4, enable_fp_fusion=True
         )
     return y

@@ -43,10 +43,18 @@ FLOAT64 = tl.constexpr(3)
 # By class: values or rows of a tile, its columns, tiles of a chunk, warps. No register spills on any target.
 TILES = (
     {"rows": 4096, "columns": 1, "tiles": 16, "warps": 8},  # along memory
-    {"rows": 2048, "columns": 1, "tiles": 32, "warps": 8},  # along memory, float64
+    {"rows": 1024, "columns": 1, "tiles": 64, "warps": 4},  # along memory, float64
     {"rows": 256, "columns": 16, "tiles": 4, "warps": 8},  # across columns
     {"rows": 128, "columns": 16, "tiles": 4, "warps": 8},  # across columns, float64
 )
+
+
+@triton.jit
+def _spread(x, AXIS: tl.constexpr):
+    """What a reduction along AXIS left, a value a thread: of columns every thread has 4, whose float64 sums would spill."""
+    if AXIS == 0:
+        x = tl.gather(x, tl.arange(0, x.shape[0]), 0)
+    return x
 
 
 @triton.jit
@@ -56,18 +64,20 @@ def _tile(x, live, AXIS: tl.constexpr):
     low = tl.min(tl.where(good, x, float("inf")), AXIS)
     high = tl.max(tl.where(good, x, float("-inf")), AXIS)
     packed = tl.sum(good.to(tl.int32) + ((good & (x == 0)).to(tl.int32) << 16), AXIS)
-    n, zeros = (packed & 0xFFFF).to(tl.float64), (packed >> 16).to(tl.float64)
-    safe = tl.where(n > 0, n, 1.0)
-    top = tl.where(n > 0, tl.maximum(tl.abs(low), tl.abs(high)), 0.0)
+    top = tl.where(packed > 0, tl.maximum(tl.abs(low), tl.abs(high)), 0.0)
     p, k = power(top)
     z = tl.where(good, x * tl.expand_dims(p, AXIS), 0.0)
-    centre = (tl.sum(z, AXIS).to(tl.float64) / safe).to(x.dtype)
+    centre = (tl.sum(z, AXIS).to(tl.float64) / tl.maximum(packed & 0xFFFF, 1)).to(x.dtype)
     d = tl.where(good, z - tl.expand_dims(centre, AXIS), 0.0)
     square = d * d
-    e = tl.sum(d, AXIS).to(tl.float64) / safe  # what rounding left of the mean
-    v2 = tl.sum(square, AXIS).to(tl.float64) / safe
-    v3 = tl.sum(square * d, AXIS).to(tl.float64) / safe
-    v4 = tl.sum(square * square, AXIS).to(tl.float64) / safe
+    e, v2 = _spread(tl.sum(d, AXIS), AXIS), _spread(tl.sum(square, AXIS), AXIS)
+    v3, v4 = _spread(tl.sum(square * d, AXIS), AXIS), _spread(tl.sum(square * square, AXIS), AXIS)
+    low, high, packed = _spread(low, AXIS), _spread(high, AXIS), _spread(packed, AXIS)
+    p, k, centre = _spread(p, AXIS), _spread(k, AXIS), _spread(centre, AXIS)
+    n, zeros = (packed & 0xFFFF).to(tl.float64), (packed >> 16).to(tl.float64)
+    safe = tl.where(n > 0, n, 1.0)
+    e = e.to(tl.float64) / safe  # what rounding left of the mean
+    v2, v3, v4 = v2.to(tl.float64) / safe, v3.to(tl.float64) / safe, v4.to(tl.float64) / safe
     varies = low < high
     m2 = tl.where(varies, v2 - e * e, 0.0)
     m3 = tl.where(varies, v3 - 3 * e * v2 + 2 * e * e * e, 0.0)
@@ -81,9 +91,10 @@ def _fetch(address, offsets, live, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """Values at `offsets`; ALIGNED: all of them, from an address that 16 divides, so that loads are 128 bits wide."""
     p = address.to(tl.pointer_type(dtype))
     if ALIGNED:
-        return tl.load(tl.multiple_of(p, 16) + offsets)
-    else:  # noqa: RET505  (Triton compiles what follows a constant branch)
-        return tl.load(p + offsets, live, 0)
+        x = tl.load(tl.multiple_of(p, 16) + offsets)
+    else:
+        x = tl.load(p + offsets, live, 0)
+    return x
 
 
 @triton.jit
@@ -220,11 +231,11 @@ def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int
             _read[(programs,)](
                 segments, parts, number, total,
                 WIDE=kind % 2, ACROSS=kind // 2, ROWS=tile["rows"], COLUMNS=tile["columns"],
-                TILES_A_CHUNK=tile["tiles"], num_warps=tile["warps"],
+                TILES_A_CHUNK=tile["tiles"], num_warps=tile["warps"], enable_fp_fusion=True,
             )  # fmt: skip
     if channels:
         combine[(channels,)](
             segments, parts, values, number, total, channels,
-            HIGH_ORDER=order > 2, RECORDS=RECORDS_A_STEP, num_warps=4,
+            HIGH_ORDER=order > 2, RECORDS=RECORDS_A_STEP, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return values

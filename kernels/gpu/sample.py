@@ -30,6 +30,7 @@ _NEAR_PIECES = tl.constexpr(contract.PIECES[contract.TRUNC_NORMAL])
 _TAIL_PIECES = tl.constexpr(contract.PIECES[contract.TRUNC_TAIL])
 
 # By bytes of an element: (tiles a program, warps of 32), so that every store of a thread is 128 bits wide and nothing spills.
+# Programs with masks, which store element by element, take one tile.
 TILES = {2: (2, 2), 4: (2, 4), 8: (1, 4)}
 _INTERPRETED = triton.knobs.runtime.interpret
 _WARP = 2 if torch.version.hip else 1  # in units of 32 threads
@@ -59,6 +60,12 @@ def _signed(word):
 
 
 @triton.jit
+def _flipped(word):
+    """~word, which the interpreter of Triton 3.7 and older refuses for unsigned words."""
+    return word ^ 0xFFFFFFFF
+
+
+@triton.jit
 def _normal(v, w, p):
     """The values of a pair of lanes."""
     radius = tl.sqrt_rn(_log((v | 1).to(tl.float32), 32, 0.0)) * p[0]
@@ -72,10 +79,13 @@ def _normal(v, w, p):
 def _two_tails(word, p, PIECES: tl.constexpr):
     """Quantile beyond the nearer tail mass, and the signed scale."""
     left = tl.fma((word | 1).to(tl.float32), p[4], p[5])
-    right = tl.fma((~word | 1).to(tl.float32), p[6], p[7])
+    right = tl.fma((_flipped(word) | 1).to(tl.float32), p[6], p[7])
     on_left = left < right
     t = tl.sqrt_rn(_log(tl.where(on_left, left, right), 0, p[8]))
-    z = tl.where(t < PIECES[0], _horner(t - PIECES[1], PIECES[2], 8), _horner(t - PIECES[3], PIECES[4], 8))
+    # Up to Triton 3.7 a tuple out of a constexpr tuple is no constexpr.
+    near = _horner(t - PIECES[1], tl.constexpr(PIECES[2]), 8)
+    far = _horner(t - PIECES[3], tl.constexpr(PIECES[4]), 8)
+    z = tl.where(t < PIECES[0], near, far)
     return z, tl.where(on_left, -p[0], p[0])
 
 
@@ -102,7 +112,7 @@ def _value(word, p, KIND: tl.constexpr):
     elif KIND == _TRUNC_TAIL:
         z, scale = _two_tails(word, p, _TAIL_PIECES)
     elif KIND == _TRUNC_FAR:
-        z = _series(_log(tl.fma((~word | 1).to(tl.float32), p[4], p[5]), 0, 0.0), p, 6)
+        z = _series(_log(tl.fma((_flipped(word) | 1).to(tl.float32), p[4], p[5]), 0, 0.0), p, 6)
     else:
         z = _series(_signed(word) * 2.0**-32, p, 4)
     value = tl.fma(z, scale, p[1])
@@ -217,16 +227,17 @@ def sample_(
     if not n:
         return out
     widest, warps = TILES[out.element_size()]
-    tiles = tiles or widest
     one_run = run <= 0 or run >= n
     run = n if one_run else run
     shift = offset % 1024
-    whole = n // (1024 * tiles) * 1024 * tiles if one_run and not shift else 0
+    program = 1024 * (tiles or widest)
+    whole = n // program * program if one_run and not shift else 0
     if 0 < whole < n:  # what fills programs without masks, then the rest
         flat = out.view(-1)
         sample_(flat[:whole], kind, params, seed, stream, offset, tiles=tiles)
         sample_(flat[whole:], kind, params, seed, stream, offset + whole, tiles=tiles)
         return out
+    tiles = tiles or (widest if whole else 1)
     touched = (shift + n + 1023) // 1024 if one_run else (run + 1022) // 1024 + 1
     groups = (touched + tiles - 1) // tiles
     double = out.dtype == torch.float64

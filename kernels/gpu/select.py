@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DIGIT = 11  # bits a pass
+DIGIT = 8  # bits a pass: AMD's histograms, and those before Triton 3.9, keep a share of the bins in every thread
+_DIGIT, _BINS = tl.constexpr(DIGIT), tl.constexpr(1 << DIGIT)
 TILES = {"BLOCK": 4096, "num_warps": 8}
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,7 +30,7 @@ def _keys_of(words_ptr, alive_ptr, start, n, BITS: tl.constexpr, MASKED: tl.cons
     return offsets, keys, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def _histogram(
     # inputs: words (n,), alive (n,) uint8, state (2,) int64 = digits found so far, rank
     words_ptr,
@@ -40,21 +41,17 @@ def _histogram(
     # sizes
     n,
     # scalars, tiles
-    SHIFT: tl.constexpr,
-    DIGIT: tl.constexpr,
+    shift,
     BITS: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     _, keys, chosen = _keys_of(words_ptr, alive_ptr, start, n, BITS, MASKED, BLOCK)
-    if SHIFT + DIGIT < BITS:
-        chosen = chosen & ((keys >> (SHIFT + DIGIT)) == tl.load(state_ptr))
-    digit = ((keys >> SHIFT) & ((1 << DIGIT) - 1)).to(tl.int32)
-    digit = tl.where(chosen, digit, 1 << DIGIT)  # a bin of its own for what does not count
-    counts = tl.histogram(digit, 2 << DIGIT)
-    bins = tl.arange(0, 2 << DIGIT)
-    tl.atomic_add(counts_ptr + bins, counts.to(tl.int64), mask=(bins < (1 << DIGIT)) & (counts > 0))
+    keys >>= shift
+    chosen = chosen & (keys >> _DIGIT == tl.load(state_ptr))
+    counts = tl.histogram((keys & (_BINS - 1)).to(tl.int32), _BINS, mask=chosen)
+    tl.atomic_add(counts_ptr + tl.arange(0, _BINS), counts.to(tl.int64), mask=counts > 0)
 
 
 @triton.jit
@@ -122,11 +119,8 @@ def kth_smallest(values: Sequence[Tensor], alive: Sequence[Tensor] | None, k: in
     state = torch.tensor([0, k], device=device)
     nans = torch.zeros((), dtype=torch.int64, device=device)
     equal = nans
-    shift = bits
-    while shift:
-        digit = min(DIGIT, shift)
-        shift -= digit
-        counts = torch.zeros(1 << digit, dtype=torch.int64, device=device)
+    for shift in range((bits - 1) // DIGIT * DIGIT, -1, -DIGIT):
+        counts = torch.zeros(1 << DIGIT, dtype=torch.int64, device=device)
         for word, mask in zip(words, masks, strict=True):
             if word.numel():
                 grid = (triton.cdiv(word.numel(), block),)
@@ -137,16 +131,16 @@ def kth_smallest(values: Sequence[Tensor], alive: Sequence[Tensor] | None, k: in
                     counts,
                     word.numel(),
                     shift,
-                    digit,
                     bits,
                     alive is not None,
                     block,
                     num_warps=warps,
+                    enable_fp_fusion=False,
                 )
         total = counts.cumsum(0)
         chosen = torch.searchsorted(total, state[1]) if k else torch.zeros_like(nans)
         equal = counts[chosen]
-        state = torch.stack([(state[0] << digit) | chosen, state[1] - total[chosen] + equal])
+        state = torch.stack([(state[0] << DIGIT) | chosen, state[1] - total[chosen] + equal])
     if values[0].is_floating_point():
         for word, value, mask in zip(words, values, masks, strict=True):
             bad = value.reshape(-1).isnan()
@@ -165,7 +159,16 @@ def cut(values: Sequence[Tensor], alive: Sequence[Tensor] | None, selection: Ten
     for word, mask, part in zip(words, masks, parts, strict=True):
         if word.numel():
             _count_equal[(len(part),)](
-                word, mask, selection, part, word.numel(), bits, alive is not None, block, num_warps=warps
+                word,
+                mask,
+                selection,
+                part,
+                word.numel(),
+                bits,
+                alive is not None,
+                block,
+                num_warps=warps,
+                enable_fp_fusion=False,
             )
     before = (equal.cumsum(0) - equal).split(blocks)
     outs = [torch.empty(v.shape, dtype=torch.bool, device=device) for v in values]
@@ -173,6 +176,16 @@ def cut(values: Sequence[Tensor], alive: Sequence[Tensor] | None, selection: Ten
         if word.numel():
             flat = out.view(-1).view(torch.uint8)
             _cut[(len(part),)](
-                word, mask, selection, part, flat, word.numel(), bits, alive is not None, block, num_warps=warps
+                word,
+                mask,
+                selection,
+                part,
+                flat,
+                word.numel(),
+                bits,
+                alive is not None,
+                block,
+                num_warps=warps,
+                enable_fp_fusion=False,
             )
     return outs

@@ -63,15 +63,20 @@ def cast(x, dtype: tl.constexpr):
         word = x.to(tl.uint32, bitcast=True)
         even = ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).to(tl.uint16)
         nan = (word & 0x7FFFFFFF) > 0x7F800000
-        return tl.where(nan, ((word >> 16) | 0x40).to(tl.uint16), even).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+        result = tl.where(nan, ((word >> 16) | 0x40).to(tl.uint16), even).to(tl.bfloat16, bitcast=True)
+    else:
+        result = x.to(dtype)
+    return result
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
     """acc + a @ b with float32 sums, float64 for float64; float32 operands stay float32 unless PRECISION is "tf32"."""
+    # One return: up to Triton 3.8 what follows the return of a constant branch is compiled too.
     if acc.dtype == tl.float64:
-        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
-    if INTERPRET:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+        total = tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
+    elif INTERPRET:
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        total = tl.dot(a, b, acc, input_precision=PRECISION)
+    return total
