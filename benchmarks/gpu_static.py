@@ -72,7 +72,9 @@ def measure(case: Case, target: str) -> Row:
     began = sum(os.times()[:4])
     with capture(target) as launches:
         case.run()
-    row["cpu_seconds"] = sum(os.times()[:4]) - began  # of this process and the assemblers that it called; 0 from a cache
+    row["cpu_seconds"] = (
+        sum(os.times()[:4]) - began
+    )  # of this process and the assemblers that it called; 0 from a cache
     work = case.work(launches, device) if case.work else None
     turns = [trips(launches[0].code, work.program_macs, work.step_macs) if work else 1.0]
     turns += [1.0] * (len(launches) - 1)

@@ -45,10 +45,17 @@ CHAINS = (0.95, 0.5, 0.7, 0.7, 0.9)
 # Likewise in training; survivors up to which three layers do; and beyond which product of rows and weights their activations leave the caches.
 TRAINING_CHAINS, TRAINING_SURVIVORS = (0.95, 0.95, 0.6, 0.7, 0.75), (1 << 15, 1 << 15, 1 << 17, 1 << 17, 1 << 18)
 TRAINING_LARGEST = 1 << 30
+# Without AVX-512, cautiously: no such processor was measured.
+TRAINING_CHAINS_NARROW = tuple(limit / 2 for limit in TRAINING_CHAINS)
 # By ROWS and the last three of WEIGHTS: density below which survivors in the kernels' order win in inference.
 KEPT = {
     "masked": ((0, 0.33, 0.95), (0, 0.2, 0.5), (0.1, 0.6, 0.85), (0.5, 0.95, 0.95), (0.5, 0.95, 0.95)),
     "sparse": ((0.2, 0.9, 0.95), (0, 0.35, 0.75), (0.1, 0.9, 0.95), (0.5, 0.95, 0.95), (0.5, 0.95, 0.95)),
+}
+# Without AVX-512: two thirds, at most, of what one thread of a Zen 4 gave whose kernels were compiled for AVX2 alone.
+KEPT_NARROW = {
+    "masked": ((0, 0.1, 0.1), (0.1, 0.2, 0.2), (0.1, 0.3, 0.3), (0.2, 0.25, 0.25), (0.2, 0.25, 0.25)),
+    "sparse": ((0.5, 0.9, 0.9), (0.5, 0.9, 0.9), (0.5, 0.9, 0.9), (0.5, 0.6, 0.6), (0.35, 0.35, 0.35)),
 }
 MODES = ("auto", "sparse", "dense")
 
@@ -129,7 +136,8 @@ def _training_chain(rows: int) -> tuple[float, float]:
     """Limits of density and survivors. Threads do not count: the bits would depend on their number."""
     i, x = _between(ROWS, rows)
     survivors = TRAINING_SURVIVORS[i] ** (1 - x) * TRAINING_SURVIVORS[i + 1] ** x
-    return (1 - x) * TRAINING_CHAINS[i] + x * TRAINING_CHAINS[i + 1], survivors
+    limits = TRAINING_CHAINS if has_avx512() else TRAINING_CHAINS_NARROW
+    return (1 - x) * limits[i] + x * limits[i + 1], survivors
 
 
 def kept_pays(storage: str, rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
@@ -141,7 +149,8 @@ def kept_pays(storage: str, rows: int, weights: int, nnz: int, dtype: torch.dtyp
 
 @lru_cache(maxsize=4096)
 def _kept_below(storage: str, rows: int, weights: int, itemsize: int) -> float:
-    return _interpolated(KEPT[storage], rows, weights, WEIGHTS[2:]) * (0.5 if itemsize == 2 else 1.0)
+    table = KEPT if has_avx512() else KEPT_NARROW
+    return _interpolated(table[storage], rows, weights, WEIGHTS[2:]) * (0.5 if itemsize == 2 else 1.0)
 
 
 def _pays_on_gpu(kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype) -> bool:
@@ -216,7 +225,7 @@ def _between(grid: Sequence[int], value: int) -> tuple[int, float]:
 def tables(threads: int) -> Table:
     """The measured table of this machine, or the built-in one."""
     found = measured(threads) if _calibrated else None
-    return found if found is not None else BUILT_IN
+    return found if found is not None else built_in_table()
 
 
 def measured(threads: int) -> Table | None:
@@ -245,8 +254,9 @@ def table_path(threads: int) -> Path:
     if not ops.usable("numba"):
         return Path("no-numba")
     from initperf.kernels.cpu.jit import CACHE_DIR
+    from initperf.kernels.cpu.target import target
 
-    what = f"{_processor()} {threads} {torch.__version__} {CACHE_DIR.name}"
+    what = f"{_processor()} {target()} {threads} {torch.__version__} {CACHE_DIR.name}"
     return CACHE_DIR.parent / f"break-even-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
 
@@ -268,17 +278,27 @@ def forget() -> None:
     break_even.cache_clear()
 
 
-_LIMITS = {  # by ROWS, from 2**18 weights on: where our own dense products run, and where torch's do
-    "masked": ((0.0, 0.0, 0.06, 0.3, 0.42), (0.015, 0.01, 0.1, 1 / 3, 1 / 3)),
-    "sparse": ((0.12, 0.04, 0.2, 0.45, 0.5), (MOST, MOST, MOST, 0.7, 0.4)),
-}
+_LIMITS = {  # by ROWS, from 2**18 weights on: where our own dense products run, where torch's do, and without AVX-512
+    "masked": ((0.0, 0.0, 0.06, 0.3, 0.42), (0.015, 0.01, 0.1, 1 / 3, 1 / 3), (0.0, 0.01, 0.1, 0.15, 0.15)),
+    "sparse": ((0.12, 0.04, 0.2, 0.45, 0.5), (MOST, MOST, MOST, 0.7, 0.4), (0.6, 0.25, 0.6, 0.4, 0.25)),
+}  # without: as KEPT_NARROW
 # Where our own run: forward passes with 16 rows and 2**22 weights or more.
 _FORWARD_OF_16 = {"masked": 0.15, "sparse": 0.45}
 
 
+@cache
+def has_avx512() -> bool:
+    """Whether kernels are compiled for AVX-512, with which all figures of this package were measured."""
+    if not ops.usable("numba"):
+        return False
+    from initperf.kernels.cpu.target import has_avx512 as compiled
+
+    return compiled()
+
+
 def _own_dense(itemsize: int) -> bool:
     """Whether our own dense products run on compressed weights (kernels/cpu/dense.py), for elements of 4 bytes."""
-    return itemsize == 4 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return itemsize == 4 and has_avx512()
 
 
 def _built_in(kind: str, size: int) -> list[list[float]]:
@@ -293,8 +313,11 @@ def _built_in(kind: str, size: int) -> list[list[float]]:
         if kind.endswith("_linear"):
             table[ROWS.index(16)][-2:] = [_FORWARD_OF_16[storage]] * 2
         return table
-    limits = [limit * (0.5 if size == 2 else 1.0) for limit in _LIMITS[storage][1]]
+    limits = [limit * (0.5 if size == 2 else 1.0) for limit in _LIMITS[storage][1 if has_avx512() else 2]]
     return [[limit if storage == "sparse" else 0.0] * 2 + [limit] * 3 for limit in limits]
 
 
-BUILT_IN: Table = {f"{kind}/{size}": _built_in(kind, size) for kind in KINDS for size in (4, 2)}
+@cache
+def built_in_table() -> Table:
+    """What counts on machines that were not measured. When first asked for, since it depends on what kernels are compiled for."""
+    return {f"{kind}/{size}": _built_in(kind, size) for kind in KINDS for size in (4, 2)}

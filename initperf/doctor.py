@@ -60,7 +60,13 @@ def _version(name: str) -> str | None:
 
 def _machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"os": platform.platform(), "cpu": _cpu_name(), "cores": cores, "vectors": _vectors()}
+    return {
+        "os": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "vectors": _vectors(),
+        "compiled_for": _compiled_for(),
+    }
 
 
 def _cpu_name() -> str:
@@ -80,6 +86,15 @@ def _vectors() -> list[str]:
 
     features = binding.get_host_cpu_features()
     return [name for feature, name in VECTORS.items() if features.get(feature)]
+
+
+def _compiled_for() -> str | None:
+    """The processor that kernels are compiled for, which NUMBA_CPU_NAME and its like may name."""
+    if find_spec("numba") is None:
+        return None
+    from initperf.kernels.cpu.target import has_avx512, target
+
+    return f"{target()[1]}, {'with' if has_avx512() else 'without'} AVX-512"
 
 
 def _numba_threads() -> int | None:
@@ -223,6 +238,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     about += [
         ["system", machine["os"]],
         ["CPU", f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['vectors'])}"],
+        ["kernels are compiled for", machine["compiled_for"] or NONE],
         ["threads", f"torch {threads['torch']}, numba {NONE if threads['numba'] is None else threads['numba']}"],
         [
             "unchanged weights are kept",

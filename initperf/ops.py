@@ -28,23 +28,32 @@ CALLS: Counter[tuple[str, str]] = Counter()  # (op name, backend) -> calls in th
 _BACKENDS = {"cpu": ("numba", "initperf.kernels.cpu"), "cuda": ("triton", "initperf.kernels.gpu")}
 # On devices without kernels these run on the CPU, since they count on 64-bit integers and on float64.
 _EXACT = ("sample_", "kth_smallest", "cut")
+_TOO_OLD = "compiles for a processor without"
 _log = logging.getLogger("initperf")
 
 
 @cache
 def _failure(compiler: str) -> str:
-    """Why a compiler cannot be imported; empty if it can."""
+    """Why a compiler cannot be imported, or not be used on this processor; empty if it can."""
     try:
         import_module(compiler)
     except ModuleNotFoundError as error:
         return "is not installed" if error.name == compiler else f"cannot be imported ({error})"
     except ImportError as error:  # Numba beside a NumPy that it does not know
         return f"cannot be imported ({error})"
+    if compiler == "numba" and (missing := _missing_instructions()):
+        return f"{_TOO_OLD} {missing}"
     return ""
 
 
+def _missing_instructions() -> str:
+    from initperf.kernels.cpu.target import lacks
+
+    return lacks()
+
+
 def usable(compiler: str) -> bool:
-    """Whether "numba" or "triton" is there; imports it."""
+    """Whether "numba" or "triton" is there, and knows this processor; imports it."""
     return not _failure(compiler)
 
 
@@ -81,6 +90,8 @@ def lacking(device_type: str) -> str:
 
 def _remedy(compiler: str) -> str:
     if compiler == "numba":
+        if _failure(compiler).startswith(_TOO_OLD):
+            return "a processor with AVX2 (2013 or later); unset NUMBA_CPU_NAME and NUMBA_CPU_FEATURES if this is one"
         return "pip install --upgrade numba"
     if torch.version.hip is not None:
         return "install the Triton of torch's ROCm build, from where that torch came"

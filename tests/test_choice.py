@@ -75,13 +75,13 @@ def test_between_the_entries_the_break_even_lies_between_theirs(rows, weights):
 def test_a_table_that_cannot_be_read_counts_as_none(table, tmp_path, content):
     (tmp_path / "break-even.json").write_text(content)
     assert choice.measured(1) is None
-    assert choice.tables(1) is choice.BUILT_IN
+    assert choice.tables(1) is choice.built_in_table()
 
 
 def test_the_built_in_table_never_chooses_sparse_for_small_masked_layers_or_dense_ones():
     for kind in choice.KINDS:
         for size in (2, 4):
-            rows = choice.BUILT_IN[f"{kind}/{size}"]
+            rows = choice.built_in_table()[f"{kind}/{size}"]
             assert all(limit <= 0.5 for limit in rows[-1])
             if kind.startswith("masked"):
                 assert all(limit <= 0.42 for row in rows for limit in row)

@@ -296,7 +296,7 @@ def test_warm_up_grows_the_learning_rate_linearly(tmp_path, monkeypatch):
 
 
 def test_a_calibration_of_this_machine_does_not_change_a_run(finished, tmp_path, monkeypatch):
-    never = {kind: [[0.0] * len(choice.WEIGHTS)] * len(choice.ROWS) for kind in choice.BUILT_IN}
+    never = {kind: [[0.0] * len(choice.WEIGHTS)] * len(choice.ROWS) for kind in choice.built_in_table()}
     monkeypatch.setattr(choice, "measured", lambda threads: never)
     choice.forget()
     try:

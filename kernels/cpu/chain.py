@@ -14,7 +14,7 @@ import threading
 
 import numpy as np
 import torch
-from numba import carray, int64, prange, uint8
+from numba import carray, int64, uint8
 from torch import Tensor
 
 from .chain_layers import (
@@ -35,9 +35,10 @@ from .chain_layers import (
 )
 from .few_rows import FEW
 from .jit import jit, threads
-from .lookup_ir import REGISTER_COLUMNS
 from .memory import working_memory
-from .products import SERIAL, widths_of
+from .pattern import BLOCK
+from .products import SERIAL, vectors_of
+from .shares import ME, WORKERS, among, on_threads, part_of
 from .slices import multiply_slices, slices_of
 from .spmm_ir import LANES, ROWS, compute_pointer, load, shifted, storage_pointer, store
 from .survivors import KINDS, PLACES, SLACK, take_places
@@ -47,7 +48,6 @@ from .vector import full_vectors, pointer
 _COPY, _BLOCKS, _SLICES, _STEPS, _SLICE_COLUMNS, _SLICE_VALUES, _SOURCE, _POSITIONS, _SLOTS = range(OTHERS, OTHERS + 9)
 _UNIT_VALUES, _READY = range(OTHERS + 9, OTHERS + 11)
 _IN_SLICES, _IN_UNITS = 1, 2  # bits of _READY
-_WIDE = (0,)  # registers for 128 columns
 
 
 @jit()
@@ -114,12 +114,11 @@ def _compare(itemsize, plan_at, layers):
 
 
 @jit()
-def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch):
+def _few(kind, itemsize, plan_at, layers, x_at, y_at, rows, size, scratch):
     """One batch row after another. size: elements of each of the three buffers in `scratch`. False, and nothing done, if not current."""
     plan = rows_of(plan_at, layers)
     if not _is_current(itemsize, plan, _IN_SLICES):
         return False
-    block = len(wide) * REGISTER_COLUMNS
     source, out = storage_pointer(x_at, kind), storage_pointer(y_at, kind)
     buffer = compute_pointer(scratch, kind)
     partial = shifted(buffer, 2 * size)
@@ -127,7 +126,7 @@ def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch)
     for b in range(rows):
         for k in range(inputs):
             store(buffer, k, load(source, b * inputs + k))
-        for k in range(inputs, plan[0, _BLOCKS] * block):
+        for k in range(inputs, plan[0, _BLOCKS] * BLOCK):
             store(buffer, k, ZERO)
         for i in range(layers):
             layer = plan[i]
@@ -141,7 +140,7 @@ def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch)
                 here = shifted(steps, kb * slices)
                 sums = shifted(partial, kb * slices * LANES)
                 multiply_slices(
-                    wide, here, slices, shifted(columns, slot), shifted(values, slot), shifted(x, kb * block), sums
+                    here, slices, shifted(columns, slot), shifted(values, slot), shifted(x, kb * BLOCK), sums
                 )
                 for s in range(slices):
                     slot += LANES * np.int64(here[s])
@@ -153,7 +152,7 @@ def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch)
                     total = ZERO
                 store(y, n, total)
             if i + 1 < layers:
-                for k in range(N, plan[i + 1, _BLOCKS] * block):
+                for k in range(N, plan[i + 1, _BLOCKS] * BLOCK):
                     store(y, k, ZERO)
         y = shifted(buffer, layers % 2 * size)
         for n in range(outputs):
@@ -162,46 +161,29 @@ def _few(kind, itemsize, wide, plan_at, layers, x_at, y_at, rows, size, scratch)
 
 
 @jit()
-def _many(width, kind, plan, x_at, y_at, rows, parts, size, scratch):
-    """Batch blocks parts[0]..parts[1] through all layers. size: elements of each of the two tiles in `scratch`."""
-    layers, lanes = plan.shape[0], len(width) * LANES
+def _many(share, itemsize, vectors, kind, plan_at, layers, x_at, y_at, rows, parts, size, bytes_each, scratch):
+    """A share of the batch blocks through all layers. size: elements of each of the two tiles in `scratch`. False, and nothing done, if not current."""
+    plan = rows_of(plan_at, layers)
+    if (share[ME] < 0 or share[WORKERS] == 1) and not _is_current(itemsize, plan, _IN_UNITS):
+        return False
+    if share[ME] < 0:
+        on_threads(share)
+        return True
+    first, last = part_of(share, parts)
+    scratch += share[ME] * bytes_each
+    lanes = vectors * LANES
     inputs, outputs = plan[0, INPUTS], plan[layers - 1, OUTPUTS]
     tiles = compute_pointer(scratch, kind)
-    for part in range(parts[0], parts[1]):
+    for part in range(first, last):
         b = part * lanes
-        pack(width, shifted(storage_pointer(x_at, kind), b * inputs), inputs, 1, rows - b, inputs, tiles)
+        pack(vectors, shifted(storage_pointer(x_at, kind), b * inputs), inputs, 1, rows - b, inputs, tiles)
         for i in range(layers):
             layer = plan[i]
             x_tile, y_tile = shifted(tiles, i % 2 * size), shifted(tiles, (i + 1) % 2 * size)
             values = compute_pointer(layer[_UNIT_VALUES], kind)
-            layer_forward(width, kind, layer, values, x_tile, y_tile)
-        unpack(
-            width,
-            shifted(tiles, layers % 2 * size),
-            outputs,
-            rows - b,
-            shifted(storage_pointer(y_at, kind), b * outputs),
-            outputs,
-        )
-
-
-@jit()
-def _many_serial(itemsize, width, kind, plan_at, layers, x_at, y_at, rows, parts, size, scratch):
-    plan = rows_of(plan_at, layers)
-    if not _is_current(itemsize, plan, _IN_UNITS):
-        return False
-    _many(width, kind, plan, x_at, y_at, rows, (0, parts), size, scratch)
-    return True
-
-
-@jit(parallel=True)
-def _many_parallel(workers, bytes_each, itemsize, width, kind, plan_at, layers, x_at, y_at, rows, parts, size, scratch):
-    plan = rows_of(plan_at, layers)
-    if not _is_current(itemsize, plan, _IN_UNITS):
-        return False
-    for t in prange(workers):
-        share = (parts * t // workers, parts * (t + 1) // workers)
-        _many(width, kind, plan, x_at, y_at, rows, share, size, scratch + t * bytes_each)
+            layer_forward(vectors, kind, layer, values, x_tile, y_tile)
+        y = shifted(storage_pointer(y_at, kind), b * outputs)
+        unpack(vectors, shifted(tiles, layers % 2 * size), outputs, rows - b, y, outputs)
     return True
 
 
@@ -231,7 +213,7 @@ class Plan:
             (N, K), (panels, _, per_panel, _) = mask.shape, index[0].shape
             steps, _, _, source = of_slices
             blocks, slices_ = steps.shape
-            few = max(few, blocks * REGISTER_COLUMNS, N, blocks * slices_ * LANES)
+            few = max(few, blocks * BLOCK, N, blocks * slices_ * LANES)
             tile = max(tile, panels * per_panel * ROWS)
             rows = max(rows, per_panel * ROWS)
             in_slices = torch.empty(source.numel(), dtype=compute)
@@ -262,17 +244,16 @@ class Plan:
         x_at, y_at = x.data_ptr(), y.data_ptr()
         if rows <= FEW:
             memory = working_memory(3 * self.few * self.bytes)
-            what = self.kind, self.itemsize, _WIDE, self.address, self.layers
+            what = self.kind, self.itemsize, self.address, self.layers
             return bool(_few(*what, x_at, y_at, rows, self.few, memory.data_ptr()))
-        width = widths_of(rows)
-        lanes = len(width) * LANES
+        vectors = vectors_of(rows)
+        lanes = vectors * LANES
         parts, size = -(-rows // lanes), self.tile * lanes
         workers = min(threads(), parts) if self.slots * rows >= SERIAL else 1
         bytes_each = 2 * size * self.bytes
         memory = working_memory(workers * bytes_each)
-        plan = self.kind, self.address, self.layers
-        shared = (self.itemsize, width, *plan, x_at, y_at, rows, parts, size, memory.data_ptr())
-        return bool(_many_parallel(workers, bytes_each, *shared) if workers > 1 else _many_serial(*shared))
+        plan = self.itemsize, vectors, self.kind, self.address, self.layers
+        return bool(_many(among(workers), *plan, x_at, y_at, rows, parts, size, bytes_each, memory.data_ptr()))
 
 
 def sparse_chain(x: Tensor, layers: list[Layer]) -> Tensor:

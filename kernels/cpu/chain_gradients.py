@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, int32, prange
+from numba import carray, int32
 
 from .chain_layers import (
     BYTES,
@@ -28,6 +28,7 @@ from .chain_layers import (
 )
 from .jit import jit
 from .pattern import PANEL
+from .shares import ME, on_threads, part_of
 from .spmm_ir import LANES, ROWS, compute_pointer, correlate_unit, load, shifted, storage_pointer, store
 from .survivors import PLACES, STARTS, begin_rows, leave, take_places
 from .tiles import ZERO, pack, unpack
@@ -49,13 +50,17 @@ def _pass_relu(activations, gradients, count):
 
 
 @jit()
-def _descend_share(width, kind, plan, dy_at, dx_at, rows, parts, sizes, tiles_at, gradients_at, scratch):
-    """The gradients of parts parts[0]..parts[1] at the output of every layer from the last to the one called `lowest` (-1: at x, too)."""
-    first, last = parts
+def _descend(share, vectors, kind, plan, dy_at, dx_at, rows, parts, sizes, tiles_at, gradients_at, bytes_each, scratch):
+    """The gradients of a share of the parts at the output of every layer from the last to the one called `lowest` (-1: at x, too)."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    first, last = part_of(share, parts)
     if first >= last:
         return
+    scratch += share[ME] * bytes_each
     lines, gradient_lines, lowest = sizes
-    layers, lanes = plan.shape[0], len(width) * LANES
+    layers, lanes = plan.shape[0], vectors * LANES
     K, N = plan[0, INPUTS], plan[layers - 1, OUTPUTS]
     dy, dx = storage_pointer(dy_at, kind), storage_pointer(dx_at, kind)
     tiles, gradients = compute_pointer(tiles_at, kind), compute_pointer(gradients_at, kind)
@@ -63,7 +68,7 @@ def _descend_share(width, kind, plan, dy_at, dx_at, rows, parts, sizes, tiles_at
     for part in range(first, last):
         b = part * lanes
         tile = shifted(gradients, (part * gradient_lines + plan[layers - 1, _GRAD_OUT]) * lanes)
-        pack(width, shifted(dy, b * N), N, 1, rows - b, N, tile)
+        pack(vectors, shifted(dy, b * N), N, 1, rows - b, N, tile)
         if plan[layers - 1, RELU]:
             _pass_relu(shifted(tiles, (part * lines + plan[layers - 1, TILE_OUT]) * lanes), tile, N * lanes)
     for i in range(layers - 1, lowest, -1):
@@ -78,20 +83,20 @@ def _descend_share(width, kind, plan, dy_at, dx_at, rows, parts, sizes, tiles_at
             below = shifted(tile, layer[_GRAD_IN] * lanes)
             for j in range(panels * per_panel * ROWS * lanes):
                 store(below, j, ZERO)
-            multiply_units(width, index, values, shifted(tile, layer[_GRAD_OUT] * lanes), below)
+            multiply_units(vectors, index, values, shifted(tile, layer[_GRAD_OUT] * lanes), below)
             if i and plan[i - 1, RELU]:
                 _pass_relu(shifted(tiles, (part * lines + layer[TILE_IN]) * lanes), below, width_in * lanes)
     if lowest < 0:
         for part in range(first, last):
             b = part * lanes
             tile = shifted(gradients, (part * gradient_lines + plan[0, _GRAD_IN]) * lanes)
-            unpack(width, tile, K, rows - b, shifted(dx, b * K), K)
+            unpack(vectors, tile, K, rows - b, shifted(dx, b * K), K)
 
 
 @jit()
-def _panel_gradient(width, kind, layer, p, target, parts, lines, gradient_lines, tiles, gradients, scratch):
+def _panel_gradient(vectors, kind, layer, p, target, parts, lines, gradient_lines, tiles, gradients, scratch):
     """The gradient of the values of panel p, to `target`."""
-    lanes, panel = len(width) * LANES, layer[PER_PANEL] * ROWS
+    lanes, panel = vectors * LANES, layer[PER_PANEL] * ROWS
     blocks, per_panel, n0 = layer[UNIT_BLOCKS], layer[PER_PANEL], p * panel
     block = block_columns(layer[INPUTS], blocks)
     units, columns = storage_pointer(layer[UNITS], RECORDS), storage_pointer(layer[UNIT_COLUMNS], BYTES)
@@ -113,7 +118,7 @@ def _panel_gradient(width, kind, layer, p, target, parts, lines, gradient_lines,
             for u in range(per_panel):
                 steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
                 numbers, here = np.uint32(records[4 * u]), shifted(sums, slot - begin)
-                correlate_unit(width, shifted(columns, slot), here, x_block, dy_panel, numbers, steps)
+                correlate_unit(vectors, shifted(columns, slot), here, x_block, dy_panel, numbers, steps)
                 slot += ROWS * steps
     for kb in range(blocks):
         records = shifted(units, (p * blocks + kb) * per_panel * 4)
@@ -122,9 +127,9 @@ def _panel_gradient(width, kind, layer, p, target, parts, lines, gradient_lines,
 
 
 @jit()
-def _panel_bias(width, kind, layer, p, db_at, parts, gradient_lines, gradients, scratch):
+def _panel_bias(vectors, kind, layer, p, db_at, parts, gradient_lines, gradients, scratch):
     """The gradient of the biases of panel p: sums of lanes, as products with a line of ones."""
-    lanes, panel = len(width) * LANES, layer[PER_PANEL] * ROWS
+    lanes, panel = vectors * LANES, layer[PER_PANEL] * ROWS
     n0 = p * panel
     ones, sums, db = (
         compute_pointer(scratch, kind),
@@ -142,14 +147,18 @@ def _panel_bias(width, kind, layer, p, db_at, parts, gradient_lines, gradients, 
     for part in range(parts):
         tile = shifted(gradients, (part * gradient_lines + layer[_GRAD_OUT] + n0) * lanes)
         for i in range(0, panel, ROWS):
-            correlate_unit(width, zeros, shifted(sums, i), ones, shifted(tile, i * lanes), four, np.int64(1))
+            correlate_unit(vectors, zeros, shifted(sums, i), ones, shifted(tile, i * lanes), four, np.int64(1))
     for i in range(min(layer[OUTPUTS] - n0, panel)):
         store(db, n0 + i, load(sums, i))
 
 
 @jit()
-def _gradients_share(width, kind, plan, owners, me, parts, sizes, tiles_at, gradients_at, scratch):
-    """The gradients of values and biases of the panels that worker `me` owns."""
+def _gradients(share, vectors, kind, plan, owners, parts, sizes, tiles_at, gradients_at, bytes_each, scratch):
+    """The gradients of values and biases of the panels that a worker owns."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    scratch += share[ME] * bytes_each
     lines, gradient_lines, _ = sizes
     tiles, gradients = compute_pointer(tiles_at, kind), compute_pointer(gradients_at, kind)
     flat = 0
@@ -157,37 +166,22 @@ def _gradients_share(width, kind, plan, owners, me, parts, sizes, tiles_at, grad
         layer = plan[i]
         target = layer[GRAD_VALUES], layer[FIRST_SURVIVORS], layer[NNZ], np.int64(0)
         for p in range(layer[PANELS]):
-            if owners[flat] == me:
+            if owners[flat] == share[ME]:
                 if layer[GRAD_VALUES]:
                     _panel_gradient(
-                        width, kind, layer, p, target, parts, lines, gradient_lines, tiles, gradients, scratch
+                        vectors, kind, layer, p, target, parts, lines, gradient_lines, tiles, gradients, scratch
                     )
                 if layer[GRAD_BIAS]:
-                    _panel_bias(width, kind, layer, p, layer[GRAD_BIAS], parts, gradient_lines, gradients, scratch)
+                    _panel_bias(vectors, kind, layer, p, layer[GRAD_BIAS], parts, gradient_lines, gradients, scratch)
             flat += 1
-
-
-@jit(parallel=True)
-def _descend_parallel(
-    workers, bytes_each, width, kind, plan, dy_at, dx_at, rows, parts, sizes, tiles_at, gradients_at, scratch
-):
-    for t in prange(workers):
-        share, memory = (parts * t // workers, parts * (t + 1) // workers), scratch + t * bytes_each
-        _descend_share(width, kind, plan, dy_at, dx_at, rows, share, sizes, tiles_at, gradients_at, memory)
-
-
-@jit(parallel=True)
-def _gradients_parallel(workers, bytes_each, width, kind, plan, owners, parts, sizes, tiles_at, gradients_at, scratch):
-    for t in prange(workers):
-        memory = scratch + t * bytes_each
-        _gradients_share(width, kind, plan, owners, t, parts, sizes, tiles_at, gradients_at, memory)
 
 
 @jit()
 def chain_backward(
-    workers,
+    descending,
+    gathering,
     bytes_each,
-    width,
+    vectors,
     kind,
     plan_at,
     owners_at,
@@ -201,18 +195,9 @@ def chain_backward(
     gradients_at,
     scratch,
 ):
-    """The gradients at all layers, and then of all parameters. workers: for each; counts: layers, panels of all."""
+    """The gradients at all layers, and then of all parameters. descending, gathering: the shares of each; counts: layers, panels of all."""
     plan = rows_of(plan_at, counts[0])
     owners = carray(pointer(np.uintp(owners_at), int32), counts[1])
-    descending, gathering = workers
     at = tiles_at, gradients_at
-    if descending > 1:
-        _descend_parallel(
-            descending, bytes_each, width, kind, plan, dy_at, dx_at, rows, parts, sizes, at[0], at[1], scratch
-        )
-    else:
-        _descend_share(width, kind, plan, dy_at, dx_at, rows, (0, parts), sizes, at[0], at[1], scratch)
-    if gathering > 1:
-        _gradients_parallel(gathering, bytes_each, width, kind, plan, owners, parts, sizes, at[0], at[1], scratch)
-    else:
-        _gradients_share(width, kind, plan, owners, 0, parts, sizes, at[0], at[1], scratch)
+    _descend(descending, vectors, kind, plan, dy_at, dx_at, rows, parts, sizes, at[0], at[1], bytes_each, scratch)
+    _gradients(gathering, vectors, kind, plan, owners, parts, sizes, at[0], at[1], bytes_each, scratch)

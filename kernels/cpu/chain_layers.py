@@ -51,11 +51,11 @@ def order_units(kind, layer, values_at, out, cursor):
 
 
 @jit()
-def multiply_units(width, index, values, x_tile, y_tile):
+def multiply_units(vectors, index, values, x_tile, y_tile):
     """y_tile += the product with a weight whose values are in the order of the index (panels, blocks, units a panel, columns a block, units, columns)."""
     panels, blocks, per_panel, block, units_at, columns_at = index
     units, columns = storage_pointer(units_at, RECORDS), storage_pointer(columns_at, BYTES)
-    lanes, panel = len(width) * LANES, per_panel * ROWS
+    lanes, panel = vectors * LANES, per_panel * ROWS
     for kb in range(blocks):
         x_block = shifted(x_tile, kb * block * lanes)
         for p in range(panels):
@@ -64,7 +64,7 @@ def multiply_units(width, index, values, x_tile, y_tile):
             for u in range(per_panel):
                 steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
                 multiply_unit(
-                    width,
+                    vectors,
                     shifted(columns, slot),
                     shifted(values, slot),
                     x_block,
@@ -76,14 +76,14 @@ def multiply_units(width, index, values, x_tile, y_tile):
 
 
 @jit()
-def layer_forward(width, kind, layer, values, x_tile, y_tile):
+def layer_forward(vectors, kind, layer, values, x_tile, y_tile):
     """y_tile = relu(bias + x_tile W^T), or without ReLU; values: in the order of the units."""
-    lanes, N, K = len(width) * LANES, layer[OUTPUTS], layer[INPUTS]
+    lanes, N, K = vectors * LANES, layer[OUTPUTS], layer[INPUTS]
     padded = layer[PANELS] * layer[PER_PANEL] * ROWS
-    start_sums(width, storage_pointer(layer[BIAS], kind), layer[BIAS] != 0, N, padded, y_tile)
+    start_sums(vectors, storage_pointer(layer[BIAS], kind), layer[BIAS] != 0, N, padded, y_tile)
     block = block_columns(K, layer[UNIT_BLOCKS])
     index = layer[PANELS], layer[UNIT_BLOCKS], layer[PER_PANEL], block, layer[UNITS], layer[UNIT_COLUMNS]
-    multiply_units(width, index, values, x_tile, y_tile)
+    multiply_units(vectors, index, values, x_tile, y_tile)
     if layer[RELU]:
         for j in range(N * lanes):
             value = load(y_tile, j)

@@ -14,7 +14,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from .chain_gradients import CURSOR, TILE_IN, TILE_OUT, chain_backward
@@ -31,7 +30,8 @@ from .chain_layers import (
 from .jit import jit, threads
 from .memory import working_memory
 from .pattern import PANEL
-from .products import widths_of
+from .products import vectors_of
+from .shares import ME, among, on_threads, part_of
 from .spmm_ir import LANES, ROWS, compute_pointer, shifted, storage_pointer
 from .survivors import KINDS, SLACK
 from .tiles import pack, unpack
@@ -40,25 +40,29 @@ SERIAL = 1 << 20  # multiply-adds below which a second thread costs more than it
 
 
 @jit()
-def _forward_share(width, kind, plan, x_at, y_at, rows, parts, lines, tiles_at, scratch):
-    """Parts parts[0]..parts[1] of the batch through all layers; what each layer reads and leaves stays in the tiles."""
-    first, last = parts
+def _forward(share, vectors, kind, plan_at, layers, x_at, y_at, rows, parts, lines, tiles_at, bytes_each, scratch):
+    """A share of the batch's parts through all layers; what each layer reads and leaves stays in the tiles."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    first, last = part_of(share, parts)
     if first >= last:
         return
-    layers, lanes = plan.shape[0], len(width) * LANES
+    scratch += share[ME] * bytes_each
+    plan, lanes = rows_of(plan_at, layers), vectors * LANES
     K, N = plan[0, INPUTS], plan[layers - 1, OUTPUTS]
     x, y, tiles = storage_pointer(x_at, kind), storage_pointer(y_at, kind), compute_pointer(tiles_at, kind)
     values = compute_pointer(scratch + CURSOR, kind)
     for part in range(first, last):
         b = part * lanes
-        pack(width, shifted(x, b * K), K, 1, rows - b, K, shifted(tiles, part * lines * lanes))
+        pack(vectors, shifted(x, b * K), K, 1, rows - b, K, shifted(tiles, part * lines * lanes))
     for i in range(layers):
         layer = plan[i]
         order_units(kind, layer, layer[VALUES], values, scratch)
         for part in range(first, last):
             tile = shifted(tiles, part * lines * lanes)
             layer_forward(
-                width,
+                vectors,
                 kind,
                 layer,
                 values,
@@ -68,28 +72,13 @@ def _forward_share(width, kind, plan, x_at, y_at, rows, parts, lines, tiles_at, 
     for part in range(first, last):
         b = part * lanes
         tile = shifted(tiles, (part * lines + plan[layers - 1, TILE_OUT]) * lanes)
-        unpack(width, tile, N, rows - b, shifted(y, b * N), N)
+        unpack(vectors, tile, N, rows - b, shifted(y, b * N), N)
 
 
-@jit()
-def _forward_serial(width, kind, plan_at, layers, x_at, y_at, rows, parts, lines, tiles_at, scratch):
-    _forward_share(width, kind, rows_of(plan_at, layers), x_at, y_at, rows, (0, parts), lines, tiles_at, scratch)
-
-
-@jit(parallel=True)
-def _forward_parallel(
-    workers, bytes_each, width, kind, plan_at, layers, x_at, y_at, rows, parts, lines, tiles_at, scratch
-):
-    plan = rows_of(plan_at, layers)
-    for t in prange(workers):
-        share, memory = (parts * t // workers, parts * (t + 1) // workers), scratch + t * bytes_each
-        _forward_share(width, kind, plan, x_at, y_at, rows, share, lines, tiles_at, memory)
-
-
-def lanes_of(batch: int) -> tuple[int, ...]:
-    """V zeros: the vectors a line. Two parts of 32 rather than one of 64, so that two threads share it."""
-    width = widths_of(batch)
-    return (0, 0) if len(width) == 4 and batch <= 4 * LANES else width
+def line_vectors_of(batch: int) -> int:
+    """V, the vectors a line. Two parts of 32 lanes rather than one of 64, so that two threads share it."""
+    vectors = vectors_of(batch)
+    return 2 if vectors == 4 and batch <= 4 * LANES else vectors
 
 
 Layer = tuple[tuple[int, int], int, list[Tensor], bool]
@@ -152,8 +141,8 @@ class TrainingPlan:
         parameters: values (nnz, 1) and bias or None, layer by layer. All are contiguous, on the CPU, and of the plan's dtype.
         """
         rows = x.shape[0]
-        width = lanes_of(rows)
-        lanes = len(width) * LANES
+        vectors = line_vectors_of(rows)
+        lanes = vectors * LANES
         parts = -(-rows // lanes)
         addresses: list[int] = []
         for values, bias in zip(parameters[::2], parameters[1::2], strict=True):
@@ -162,14 +151,10 @@ class TrainingPlan:
         tiles = torch.empty(parts * self.lines * lanes, dtype=self.compute)
         workers = min(threads(), parts) if self.slots * rows >= SERIAL else 1
         memory = working_memory(workers * self.bytes_each)
-        shared = (
-            *(width, self.kind, fields.ctypes.data, len(fields), x.data_ptr(), y.data_ptr(), rows, parts, self.lines),
-            *(tiles.data_ptr(), memory.data_ptr()),
+        _forward(
+            *(among(workers), vectors, self.kind, fields.ctypes.data, len(fields), x.data_ptr(), y.data_ptr()),
+            *(rows, parts, self.lines, tiles.data_ptr(), self.bytes_each, memory.data_ptr()),
         )
-        if workers > 1:
-            _forward_parallel(workers, self.bytes_each, *shared)
-        else:
-            _forward_serial(*shared)
         return y, tiles
 
     def backward(
@@ -177,8 +162,8 @@ class TrainingPlan:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """(dx, the gradients of values and bias, layer by layer), of dy (B, outputs), contiguous; None where not needed."""
         rows = dy.shape[0]
-        width = lanes_of(rows)
-        lanes = len(width) * LANES
+        vectors = line_vectors_of(rows)
+        lanes = vectors * LANES
         parts = -(-rows // lanes)
         gradients: list[Tensor | None] = []
         addresses: list[int] = []
@@ -200,9 +185,9 @@ class TrainingPlan:
         memory = working_memory(tile_bytes + max(workers) * self.bytes_each)
         at = memory.data_ptr()
         chain_backward(
-            *(workers, self.bytes_each, width, self.kind, fields.ctypes.data, owners.ctypes.data),
-            *((len(fields), len(owners)), dy.data_ptr(), 0 if dx is None else dx.data_ptr(), rows, parts),
-            *((self.lines, gradient_lines, lowest), tiles.data_ptr(), at, at + tile_bytes),
+            *(*(among(count) for count in workers), self.bytes_each, vectors, self.kind, fields.ctypes.data),
+            *(owners.ctypes.data, (len(fields), len(owners)), dy.data_ptr(), 0 if dx is None else dx.data_ptr(), rows),
+            *(parts, (self.lines, gradient_lines, lowest), tiles.data_ptr(), at, at + tile_bytes),
         )
         return dx, gradients
 

@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .conv_index import conv_pattern_tensors as conv_pattern_tensors
-from .conv_ir import copy_line, correlate_row, multiply_row, zero_line
+from .conv_ir import PIXELS, copy_line, correlate_row, multiply_row, zero_line
 from .conv_memory import empty, lines
 from .conv_pack import pack_plane, unpack_pixels
 from .jit import jit, threads
 from .memory import check_alike
+from .shares import ME, among, on_threads, part_of
 from .spmm_ir import LANES, compute_pointer, shifted, storage_pointer
 
 _INTS, _FLOATS = np.zeros(1, np.int32), np.zeros(1, np.float32)
@@ -30,11 +30,16 @@ _offsets = WeakTensorKeyDictionary()  # taps -> {geometry: offsets}
 
 
 @jit()
-def _convolve_tasks(width, step, first, last, x_at, y_at, bias_at, index, values_at, sizes, packed, plan, scratch):
-    """Output rows of 16 images for tasks first..last of (batch block, band of output rows)."""
+def _convolve(share, pixels, step, x_at, y_at, bias_at, index, values_at, sizes, packed, plan, scratch):
+    """Output rows of 16 images for a share of the tasks (batch block, band of output rows)."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
     B, C, H, W, N, Ho, Wo = sizes
     stride, top, left, rows, columns = packed
-    bands, band_rows, at_once = plan
+    bands, band_rows, at_once, tasks, bytes_each = plan
+    first, last = part_of(share, tasks)
+    scratch += share[ME] * bytes_each
     starts_at, offsets_at, channels_at, blocks, live = index
     x, y = storage_pointer(x_at, _FLOATS), storage_pointer(y_at, _FLOATS)
     bias, values = storage_pointer(bias_at, _FLOATS), storage_pointer(values_at, _FLOATS)
@@ -43,7 +48,6 @@ def _convolve_tasks(width, step, first, last, x_at, y_at, bias_at, index, values
     image = compute_pointer(scratch, _FLOATS)
     lines = shifted(image, live * rows * columns * LANES)
     sums = shifted(lines, LANES * LANES)
-    pixels = len(width)
     for task in range(first, last):
         b = task // bands * LANES
         y0 = task % bands * band_rows
@@ -58,7 +62,7 @@ def _convolve_tasks(width, step, first, last, x_at, y_at, bias_at, index, values
             for r in range(here):
                 for tile in range(0, Wo, pixels):
                     x0 = min(tile, Wo - pixels)
-                    corner = shifted(image, ((band - y0 + r) * stride * columns + x0 * len(step)) * LANES)
+                    corner = shifted(image, ((band - y0 + r) * stride * columns + x0 * step) * LANES)
                     target = shifted(sums, (r * Wo + x0) * LANES)
                     for k in range(blocks):
                         for n in range(N):
@@ -66,7 +70,7 @@ def _convolve_tasks(width, step, first, last, x_at, y_at, bias_at, index, values
                             count = np.int64(starts[k * (N + 1) + n + 1]) - j
                             if count > 0 or k == 0:
                                 multiply_row(
-                                    width,
+                                    pixels,
                                     step,
                                     shifted(offsets, j),
                                     shifted(values, j),
@@ -79,28 +83,6 @@ def _convolve_tasks(width, step, first, last, x_at, y_at, bias_at, index, values
             for n in range(N):
                 out = shifted(y, ((b * N + n) * Ho + band) * Wo)
                 unpack_pixels(shifted(sums, n * at_once * Wo * LANES), here * Wo, valid, out, N * Ho * Wo)
-
-
-@jit(parallel=True)
-def _convolve_parallel(
-    workers, tasks, bytes_each, width, step, x_at, y_at, bias_at, index, values_at, sizes, packed, plan, scratch
-):
-    for t in prange(workers):
-        _convolve_tasks(
-            width,
-            step,
-            tasks * t // workers,
-            tasks * (t + 1) // workers,
-            x_at,
-            y_at,
-            bias_at,
-            index,
-            values_at,
-            sizes,
-            packed,
-            plan,
-            scratch + t * bytes_each,
-        )
 
 
 @jit()
@@ -120,17 +102,23 @@ def _pack_segments(source, stride_batch, valid, height, width, segment, out, pla
 
 
 @jit()
-def _correlate_rows(width, step, b, n0, n1, image, dy_at, index, sums_at, sizes, packed, scratch):
-    """Add the products of 16 images to the sums of rows n0..n1: a line of 16 lanes a slot."""
+def _correlate_rows(
+    share, parts, pixels, step, b, image_at, dy_at, index, all_sums, sizes, packed, bytes_each, scratch
+):
+    """Add the products of 16 images to the sums of a share of the rows: a line of 16 lanes a slot."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    n0, n1 = parts[share[ME]], parts[share[ME] + 1]
     B, C, H, W, N, Ho, Wo = sizes
     stride, _, _, rows, columns = packed
     starts_at, offsets_at, _, blocks, live = index
     starts, offsets = storage_pointer(starts_at, _INTS), storage_pointer(offsets_at, _INTS)
-    dy, sums = storage_pointer(dy_at, _FLOATS), storage_pointer(sums_at, _FLOATS)
-    lines = compute_pointer(scratch, _FLOATS)
+    dy, sums = storage_pointer(dy_at, _FLOATS), storage_pointer(np.int64(all_sums.ctypes.data), _FLOATS)
+    image, lines = compute_pointer(image_at, _FLOATS), compute_pointer(scratch + share[ME] * bytes_each, _FLOATS)
     plane = shifted(lines, LANES * LANES)
     segments = shifted(plane, Ho * Wo * LANES)
-    half = len(width)
+    half = pixels
     a_row = (Wo + half - 1) // half
     count = Ho * a_row
     each = (count + 1) // 2 * 2 * half * LANES
@@ -145,16 +133,16 @@ def _correlate_rows(width, step, b, n0, n1, image, dy_at, index, sums_at, sizes,
             for i in range(count * half, each // LANES):
                 zero_line(own, i * LANES)
     for s in range(0, count, 2):
-        one = (s // a_row * stride * columns + min(s % a_row * half, Wo - half) * len(step)) * LANES
+        one = (s // a_row * stride * columns + min(s % a_row * half, Wo - half) * step) * LANES
         t = min(s + 1, count - 1)
-        two = (t // a_row * stride * columns + min(t % a_row * half, Wo - half) * len(step)) * LANES
+        two = (t // a_row * stride * columns + min(t % a_row * half, Wo - half) * step) * LANES
         for k in range(blocks):
             for n in range(n0, n1):
                 j = np.int64(starts[k * (N + 1) + n])
                 slots = np.int64(starts[k * (N + 1) + n + 1]) - j
                 if slots > 0:
                     correlate_row(
-                        width,
+                        pixels,
                         step,
                         shifted(offsets, j),
                         shifted(sums, j * LANES),
@@ -166,8 +154,16 @@ def _correlate_rows(width, step, b, n0, n1, image, dy_at, index, sums_at, sizes,
 
 
 @jit()
-def _pack_channels(b, first, last, x_at, index, sizes, packed, image, lines):
-    """Live channels first..last of 16 images, packed whole."""
+def _pack_channels(share, b, x_at, index, sums, sizes, packed, image_at, bytes_each, scratch):
+    """A share of the live channels of images b .. b + 15, packed whole; and before the first, a share of the sums is cleared."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    if b == 0:
+        first, last = part_of(share, sums.size // LANES)
+        sums[first * LANES : last * LANES] = 0
+    first, last = part_of(share, index[4])
+    image, lines = compute_pointer(image_at, _FLOATS), compute_pointer(scratch + share[ME] * bytes_each, _FLOATS)
     B, C, H, W, _, _, _ = sizes
     _, top, left, rows, columns = packed
     x, channels = storage_pointer(x_at, _FLOATS), storage_pointer(index[2], _INTS)
@@ -178,8 +174,12 @@ def _pack_channels(b, first, last, x_at, index, sizes, packed, image, lines):
 
 
 @jit()
-def _leave(first, last, sums, positions, out):
-    """out[position of the slot] = sum of its 16 lanes."""
+def _leave(share, sums, positions, out):
+    """out[position of the slot] = sum of its 16 lanes, for a share of the slots."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    first, last = part_of(share, positions.size)
     for j in range(first, last):
         line = sums[j * LANES : (j + 1) * LANES]
         total = np.float32(0)
@@ -188,37 +188,16 @@ def _leave(first, last, sums, positions, out):
         out[positions[j]] = total
 
 
-@jit(parallel=True)
+@jit()
 def _correlate(
-    workers, parts, bytes_each, width, step, x_at, dy_at, index, sums, positions, out, sizes, packed, image_at, scratch
+    share, parts, bytes_each, pixels, step, x_at, dy_at, index, sums, positions, out, sizes, packed, image_at, scratch
 ):
-    live, slots = index[4], positions.size
-    for t in prange(workers):
-        sums[slots * t // workers * LANES : slots * (t + 1) // workers * LANES] = 0
+    if sizes[0] == 0:
+        sums[:] = 0
     for b in range(0, sizes[0], LANES):
-        for t in prange(workers):
-            own = scratch + t * bytes_each
-            image, lines = compute_pointer(image_at, _FLOATS), compute_pointer(own, _FLOATS)
-            _pack_channels(b, live * t // workers, live * (t + 1) // workers, x_at, index, sizes, packed, image, lines)
-        for t in prange(workers):
-            own = scratch + t * bytes_each
-            image = compute_pointer(image_at, _FLOATS)
-            _correlate_rows(
-                width,
-                step,
-                b,
-                parts[t],
-                parts[t + 1],
-                image,
-                dy_at,
-                index,
-                sums.ctypes.data,
-                sizes,
-                packed,
-                own,
-            )
-    for t in prange(workers):
-        _leave(slots * t // workers, slots * (t + 1) // workers, sums, positions, out)
+        _pack_channels(share, b, x_at, index, sums, sizes, packed, image_at, bytes_each, scratch)
+        _correlate_rows(share, parts, pixels, step, b, image_at, dy_at, index, sums, sizes, packed, bytes_each, scratch)
+    _leave(share, sums, positions, out)
 
 
 class Shape(NamedTuple):
@@ -232,7 +211,7 @@ class Shape(NamedTuple):
 
 
 def _tile(width: int) -> int:
-    return next(v for v in (8, 4, 2, 1) if v <= width)
+    return next(v for v in PIXELS if v <= width)
 
 
 def _offsets_of(taps: Tensor, geometry: Shape, rows: int, columns: int) -> Tensor:
@@ -269,20 +248,16 @@ def convolve(x: Tensor, values: Tensor, bias: Tensor | None, rows: int, index: l
     tasks = batch_blocks * bands
     workers = min(workers, tasks)
     scratch = lines(workers * each, LANES)
-    width, step = (0,) * _tile(Wo), (0,) * sx
     arguments = (
         *(x.data_ptr(), y.data_ptr(), 0 if bias is None else bias.data_ptr()),
         (starts.data_ptr(), offsets.data_ptr(), channels.data_ptr(), starts.shape[0], live),
         values.data_ptr(),
         (B, C, H, W, rows, Ho, Wo),
         (sy, *geometry.before, image_rows, columns),
-        (bands, band_rows, at_once),
+        (bands, band_rows, at_once, tasks, bytes_each),
         scratch.data_ptr(),
     )
-    if workers > 1:
-        _convolve_parallel(workers, tasks, bytes_each, width, step, *arguments)
-    else:
-        _convolve_tasks(width, step, 0, tasks, *arguments)
+    _convolve(among(workers), _tile(Wo), sx, *arguments)
     return y
 
 
@@ -307,11 +282,11 @@ def correlate(x: Tensor, dy: Tensor, out: Tensor, index: list[Tensor], geometry:
     scratch = lines(workers * each, LANES)
     sums = lines(taps.numel(), LANES)
     _correlate(
-        workers,
+        among(workers),
         parts,
         bytes_each,
-        (0,) * half,
-        (0,) * sx,
+        half,
+        sx,
         x.data_ptr(),
         dy.data_ptr(),
         (starts.data_ptr(), offsets.data_ptr(), channels.data_ptr(), starts.shape[0], live),

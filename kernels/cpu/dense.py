@@ -9,19 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-import llvmlite.binding
 import numpy as np
 import torch
-from numba import carray, prange, types
+from numba import carray, types
 from torch import Tensor
 
 from . import few_dense, gemm
 from .few_dense import TOGETHER
 from .gemm_ir import GROUP, PANEL
-from .jit import is_forked, jit, threads
-from .lanes import with_address
+from .jit import is_forked, jit, threads, with_address
 from .memory import gradient_memory, working_memory
+from .shares import ALONE, ME, Share, among, on_threads
 from .spmm_ir import LANES
+from .target import has_avx512
 from .team import in_team, members, number
 from .vector import pointer
 
@@ -44,7 +44,7 @@ def _is_amd() -> bool:
     return info.is_file() and "AuthenticAMD" in info.read_text()
 
 
-_WIDE = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))  # 16 sums and more stay in registers
+_WIDE = has_avx512()  # 16 sums and more stay in registers
 _FASTER = _WIDE and _is_amd()  # than MKL with many rows
 
 
@@ -56,7 +56,7 @@ def _part(length, unit, me, workers):
 
 
 @jit()
-def _share_of_all(job, me):
+def _share_of_all(me, job):
     workers, scratch = job[_WORKERS], job[_SCRATCH] + me * job[_EACH]
     sizes, bits = (job[_BATCH], job[_ROWS], job[_COLUMNS]), (job[_BITS], job[_BYTES], job[_VALUES])
     dy, x = job[_A], job[_X]
@@ -71,9 +71,13 @@ def _share_of_all(job, me):
 
 
 @jit()
-def _share_of(job, me):
+def _share_of(share, job):
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    me = share[ME]
     if job[_WHAT] == _ALL:
-        _share_of_all(job, me)
+        _share_of_all(me, job)
         return
     workers, what, scratch = job[_WORKERS], job[_WHAT], job[_SCRATCH] + me * job[_EACH]
     sizes, at = (job[_BATCH], job[_ROWS], job[_COLUMNS]), (job[_A], job[_X], job[_MORE], job[_OUT])
@@ -107,7 +111,7 @@ def _member(data):
     job = carray(pointer(data, np.int64), (_JOB,))
     me, team = number(np.uintp(job[_ME])), number(np.uintp(job[_TEAM]))
     for worker in range(me, job[_WORKERS], team):  # fewer threads than asked for may have come
-        _share_of(job, worker)
+        _share_of((np.int64(worker), job[_WORKERS], np.int64(0)), job)
 
 
 @jit()
@@ -122,21 +126,14 @@ def _job(what, sizes, at, bits, memory, workers, more):
 
 
 @jit()
-def _run(what, sizes, at, bits, memory, workers, more, team, member):
+def _run(share, what, sizes, at, bits, memory, workers, more, team, member):
+    """On torch's threads, or where there is no team on those of the share."""
     job = _job(what, sizes, at, bits, memory, workers, more)
-    if workers > 1:
+    if workers > 1 and team[0]:
         job[_ME], job[_TEAM] = team[1], team[2]
         in_team(np.uintp(team[0]), np.uintp(member), np.uintp(job.ctypes.data), np.uintp(workers))
     else:
-        _share_of(job, 0)
-
-
-@jit(parallel=True)
-def _run_parallel(what, sizes, at, bits, memory, workers, more):
-    """The same on Numba's threads."""
-    job = _job(what, sizes, at, bits, memory, workers, more)
-    for worker in prange(workers):
-        _share_of(job, worker)
+        _share_of(share, job)
 
 
 def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
@@ -203,10 +200,11 @@ def _launch(
     found, member = members(_member)
     each = -(-nbytes // 64) * 64 + 64
     memory = working_memory(workers * each)
+    share: Share = ALONE
     if workers > 1 and not found[0]:
-        _run_parallel(what, sizes, at, packed, (memory.data_ptr(), each), threads(), more)
-    else:
-        _run(what, sizes, at, packed, (memory.data_ptr(), each), workers, more, found, member)
+        workers = threads()
+        share = among(workers)
+    _run(share, what, sizes, at, packed, (memory.data_ptr(), each), workers, more, found, member)
 
 
 def _packed(values: Tensor, bits: Tensor | None, weights: int) -> Tensor | None:

@@ -10,19 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from .jit import jit, threads
-from .lookup_ir import REGISTER_COLUMNS, matvec_unit, outer_unit
+from .lookup_ir import matvec_unit, outer_unit
 from .memory import working_memory
-from .pattern import BLOCK, WIDE_BLOCK, block_of
+from .pattern import block_of
+from .shares import ME, among, on_threads, part_of
 from .spmm_ir import ROWS, compute_pointer, load, shifted, storage_pointer, store
 from .survivors import KINDS, SLACK, STARTS, begin_rows, fetch, leave, weights_at
 from .tiles import ZERO
 
 SERIAL = 1 << 18  # slots under which a second thread costs more than it saves
-_WIDE = {block: (0,) * (block // REGISTER_COLUMNS) for block in (BLOCK, WIDE_BLOCK)}
 FEW, FEW_ORDERED = 4, 2  # batch rows, and of ordered sources; from more on, lanes over the batch cost less
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 
@@ -44,11 +43,16 @@ def _read_rows(x, strides, rows, columns, padded, tile):
 
 
 @jit()
-def _multiply_panels(
-    wide, kind, tasks, units_at, columns_at, index, x_at, x_strides, source, bias_at, y_at, sizes, scratch
+def _multiply(
+    share, kind, units_at, columns_at, index, x_at, x_strides, source, bias_at, y_at, sizes, bytes_each, scratch
 ):
+    if share[ME] < 0:
+        on_threads(share)
+        return
     panels, blocks, per_panel, block = index
     B, N, K = sizes
+    first, last = part_of(share, panels)
+    scratch += share[ME] * bytes_each
     panel, padded = per_panel * ROWS, blocks * block
     units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
     y, bias = storage_pointer(y_at, kind), storage_pointer(bias_at, kind)
@@ -57,7 +61,7 @@ def _multiply_panels(
     sums = shifted(x_rows, B * padded)
     values = shifted(sums, B * panel)
     _read_rows(storage_pointer(x_at, kind), x_strides, B, K, padded, x_rows)
-    for p in range(tasks[0], tasks[1]):
+    for p in range(first, last):
         rows = min(N - p * panel, panel)
         begin_rows(source, p * panel, rows, cursor)
         for i in range(B * panel):
@@ -65,16 +69,16 @@ def _multiply_panels(
         for kb in range(blocks):
             records = shifted(units, (p * blocks + kb) * per_panel * 4)
             fetch(source, kind, records, per_panel, columns, p * panel, kb * block, cursor, values)
-            first, weights = np.int64(records[3]), weights_at(source, kind, records, values)
+            begin, weights = np.int64(records[3]), weights_at(source, kind, records, values)
             for b in range(B):
                 x_block, totals = shifted(x_rows, b * padded + kb * block), shifted(sums, b * panel)
                 for u in range(per_panel):
                     slot = np.int64(records[4 * u + 3])
                     steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
                     matvec_unit(
-                        wide,
+                        block,
                         shifted(columns, slot),
-                        shifted(weights, slot - first),
+                        shifted(weights, slot - begin),
                         x_block,
                         totals,
                         np.uint32(records[4 * u]),
@@ -88,11 +92,16 @@ def _multiply_panels(
 
 
 @jit()
-def _correlate_panels(
-    wide, kind, tasks, units_at, columns_at, index, dy_at, dy_strides, x_at, x_strides, target, sizes, scratch
+def _correlate(
+    share, kind, units_at, columns_at, index, dy_at, dy_strides, x_at, x_strides, target, sizes, bytes_each, scratch
 ):
+    if share[ME] < 0:
+        on_threads(share)
+        return
     panels, blocks, per_panel, block = index
     B, N, K = sizes
+    first, last = part_of(share, panels)
+    scratch += share[ME] * bytes_each
     panel, padded = per_panel * ROWS, blocks * block
     units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
     dy = storage_pointer(dy_at, kind)
@@ -102,17 +111,17 @@ def _correlate_panels(
     sums = shifted(dy_rows, B * panel)
     line = storage_pointer(scratch + header_bytes(panel, 0), kind)
     _read_rows(storage_pointer(x_at, kind), x_strides, B, K, padded, x_rows)
-    for p in range(tasks[0], tasks[1]):
+    for p in range(first, last):
         rows = min(N - p * panel, panel)
         begin_rows(target, p * panel, rows, cursor)
         corner = shifted(dy, p * panel * dy_strides[1])
         _read_rows(corner, dy_strides, B, rows, panel, dy_rows)
         for kb in range(blocks):
             records = shifted(units, (p * blocks + kb) * per_panel * 4)
-            first = np.int64(records[3])
-            last = 4 * (per_panel - 1)
-            slots = np.int64(records[last + 3]) - first
-            slots += ROWS * np.int64(np.uint32(records[last + 2]) >> np.uint32(16))
+            begin = np.int64(records[3])
+            end = 4 * (per_panel - 1)
+            slots = np.int64(records[end + 3]) - begin
+            slots += ROWS * np.int64(np.uint32(records[end + 2]) >> np.uint32(16))
             for s in range(slots):
                 store(sums, s, ZERO)
             for b in range(B):
@@ -121,9 +130,9 @@ def _correlate_panels(
                     slot = np.int64(records[4 * u + 3])
                     steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
                     outer_unit(
-                        wide,
+                        block,
                         shifted(columns, slot),
-                        shifted(sums, slot - first),
+                        shifted(sums, slot - begin),
                         x_block,
                         factors,
                         np.uint32(records[4 * u]),
@@ -133,60 +142,9 @@ def _correlate_panels(
             leave(target, kind, records, per_panel, columns, sums, p * panel, kb * block, width, cursor, line)
 
 
-@jit(parallel=True)
-def _multiply_parallel(
-    workers,
-    bytes_each,
-    wide,
-    kind,
-    units_at,
-    columns_at,
-    index,
-    x_at,
-    x_strides,
-    source,
-    bias_at,
-    y_at,
-    sizes,
-    scratch,
-):
-    for t in prange(workers):
-        tasks = (index[0] * t // workers, index[0] * (t + 1) // workers)
-        memory = scratch + t * bytes_each
-        _multiply_panels(
-            wide, kind, tasks, units_at, columns_at, index, x_at, x_strides, source, bias_at, y_at, sizes, memory
-        )
-
-
-@jit(parallel=True)
-def _correlate_parallel(
-    workers,
-    bytes_each,
-    wide,
-    kind,
-    units_at,
-    columns_at,
-    index,
-    dy_at,
-    dy_strides,
-    x_at,
-    x_strides,
-    target,
-    sizes,
-    scratch,
-):
-    for t in prange(workers):
-        tasks = (index[0] * t // workers, index[0] * (t + 1) // workers)
-        memory = scratch + t * bytes_each
-        _correlate_panels(
-            wide, kind, tasks, units_at, columns_at, index, dy_at, dy_strides, x_at, x_strides, target, sizes, memory
-        )
-
-
 class _Call(NamedTuple):
     """What follows from the sizes of the index and the batch."""
 
-    wide: tuple[int, ...]
     kind: Any  # an array, of which the dtype counts
     blocking: tuple[int, int, int, int]  # panels, column blocks, units a panel, columns a block
     workers: int
@@ -202,7 +160,7 @@ def _call(shape: tuple[int, ...], sizes: tuple[int, int, int], dtype: torch.dtyp
     elements = sizes[0] * (blocks * block + panel) + panel * block + SLACK
     size = 8 if dtype == torch.float64 else 4
     bytes_each = -(-(elements * size + 8 * panel + 8 * block) // 64) * 64 + 128
-    return _Call(_WIDE[block], KINDS[dtype], (panels, blocks, quads, block), min(workers, panels), bytes_each)
+    return _Call(KINDS[dtype], (panels, blocks, quads, block), min(workers, panels), bytes_each)
 
 
 def call_few(
@@ -222,14 +180,9 @@ def call_few(
     call = _call(units.shape, sizes, x.dtype, threads() if columns.numel() >= SERIAL else 1)
     memory = working_memory(call.workers * call.bytes_each)
     scratch = memory.data_ptr()
-    first = units.data_ptr(), columns.data_ptr(), call.blocking
+    first = among(call.workers), call.kind, units.data_ptr(), columns.data_ptr(), call.blocking
+    last = sizes, call.bytes_each, scratch
     if multiplies:
-        shared: tuple[Any, ...] = (*first, x.data_ptr(), x.stride(), storage, bias_at, y.data_ptr(), sizes, scratch)
-        one, many = _multiply_panels, _multiply_parallel
+        _multiply(*first, x.data_ptr(), x.stride(), storage, bias_at, y.data_ptr(), *last)
     else:
-        shared = (*first, y.data_ptr(), y.stride(), x.data_ptr(), x.stride(), storage, sizes, scratch)
-        one, many = _correlate_panels, _correlate_parallel
-    if call.workers > 1:
-        many(call.workers, call.bytes_each, call.wide, call.kind, *shared)
-    else:
-        one(call.wide, call.kind, (0, call.blocking[0]), *shared)
+        _correlate(*first, y.data_ptr(), y.stride(), x.data_ptr(), x.stride(), storage, *last)

@@ -6,17 +6,14 @@ the values i, i + stride, i + 2 stride..., in float64 and in registers, so resul
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from .jit import CACHE_DIR
+from .jit import with_address
 
 LANES = 16
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)  # kinds of input
@@ -248,30 +245,6 @@ def _lane_sums(typingctx: Any, arguments: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.UniTuple(types.uintp, _ARGUMENTS)), codegen
-
-
-class with_address:
-    """Like numba.cfunc(signature), cached where jit caches, and compiled when its `address` is first asked for."""
-
-    def __init__(self, signature: Any) -> None:
-        self._signature = signature
-
-    def __call__(self, function: Callable[..., Any]) -> with_address:
-        self._function = function
-        return self
-
-    @cached_property
-    def address(self) -> int:
-        config: Any = numba.config
-        before, config.CACHE_DIR = config.CACHE_DIR, str(CACHE_DIR)
-        try:
-            self._compiled = numba.cfunc(self._signature, cache=True)(self._function)
-        except RuntimeError:  # no writable cache folder
-            self._compiled = numba.cfunc(self._signature)(self._function)
-        finally:
-            config.CACHE_DIR = before
-        found: Any = self._compiled.address
-        return int(found)
 
 
 @with_address(types.void(*[types.uintp] * _ARGUMENTS))

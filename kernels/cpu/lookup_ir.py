@@ -6,18 +6,20 @@ gather does (0.31 ns).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from .pattern import BLOCK, WIDE_BLOCK
 from .runs_ir import live_lanes, masked_call
 from .spmm_ir import (
     LANES,
     ROWS,
     Loop,
+    by_number,
     element_size,
     element_type,
     filled,
@@ -29,22 +31,29 @@ from .spmm_ir import (
     unit_rows,
     vector_at,
 )
+from .target import has_avx512
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_PERMUTES = bool(llvmlite.binding.get_host_cpu_features().get("avx512bw"))
-REGISTER_COLUMNS = 128  # that one entry of `wide` stands for: eight registers
 
 
 def _vector(element: ir.Type) -> ir.VectorType:
     return ir.VectorType(element, LANES)
 
 
-def lookup_table(builder: Any, x: Any, element: ir.Type, wide: int) -> list[Any]:
+def _permutes(element: ir.Type) -> bool:
+    return has_avx512() and element == ir.FloatType()
+
+
+def lookup_table(builder: Any, x: Any, element: ir.Type, columns: int) -> list[Any]:
     """The block in registers, or nothing where a gather looks up."""
-    if not _PERMUTES or element != ir.FloatType():
+    if not _permutes(element):
         return []
-    count = wide * REGISTER_COLUMNS // LANES
-    return [vector_at(builder, x, i * LANES, element, 64) for i in range(count)]
+    return [vector_at(builder, x, i * LANES, element, 64) for i in range(columns // LANES)]
+
+
+def _by_block(builder: Any, block: Any, element: ir.Type, write: Callable[[int], None]) -> None:
+    """Code for blocks of both sizes where they stay in registers."""
+    by_number(builder, block, (BLOCK, WIDE_BLOCK) if _permutes(element) else (BLOCK,), write)
 
 
 def lookup(builder: Any, table: list[Any], x: Any, numbers: Any, element: ir.Type, live: Any) -> Any:
@@ -94,13 +103,13 @@ def _slots(builder: Any, steps: Any) -> Any:
 
 
 @intrinsic
-def matvec_unit(typingctx: Any, wide: Any, columns: Any, values: Any, x: Any, y: Any, numbers: Any, steps: Any) -> Any:
-    """y[row r] += sum over j < steps of values[4 j + r] * x[column 4 j + r], r = 0..3; x: a block of 128 columns an entry of `wide`."""
+def matvec_unit(typingctx: Any, block: Any, columns: Any, values: Any, x: Any, y: Any, numbers: Any, steps: Any) -> Any:
+    """y[row r] += sum over j < steps of values[4 j + r] * x[column 4 j + r], r = 0..3; x: a block of `block` columns."""
     element = element_type(x.dtype)
 
-    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, cols, vals, block, sums, rows, n = args
-        table = lookup_table(builder, block, element, len(wide))
+    def write(builder: Any, width: int, args: Any) -> None:
+        cols, vals, xs, sums, rows, n = args
+        table = lookup_table(builder, xs, element, width)
         slots = _slots(builder, n)
         body = Loop(builder, slots, [filled(_vector(element), 0.0)], stride=LANES)
         live = live_lanes(builder, builder.sub(slots, body.j))
@@ -109,25 +118,28 @@ def matvec_unit(typingctx: Any, wide: Any, columns: Any, values: Any, x: Any, y:
         where = builder.bitcast(builder.gep(vals, [body.j]), _vector(element).as_pointer())
         align, none = ir.Constant(_I32, element_size(element)), filled(_vector(element), 0.0)
         value = masked_call(builder, "load", element, none.type, [where, align, live, none])
-        found = lookup(builder, table, block, _columns(builder, cols, body.j, live), element, live)
+        found = lookup(builder, table, xs, _columns(builder, cols, body.j, live), element, live)
         body.end([fused(builder, value, found, body.carried[0])])
         four = folded(builder, folded(builder, body.carried[0]))
         for r, line in enumerate(unit_rows(builder, sums, rows, 1)):
             total = builder.extract_element(four, ir.Constant(_I32, r))
             builder.store(builder.fadd(builder.load(line), total), line)
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _by_block(builder, args[0], element, lambda width: write(builder, width, args[1:]))
         return ctx.get_dummy_value()
 
-    return types.void(wide, columns, values, x, y, types.uint32, types.int64), codegen
+    return types.void(types.int64, columns, values, x, y, types.uint32, types.int64), codegen
 
 
 @intrinsic
-def outer_unit(typingctx: Any, wide: Any, columns: Any, sums: Any, x: Any, y: Any, numbers: Any, steps: Any) -> Any:
+def outer_unit(typingctx: Any, block: Any, columns: Any, sums: Any, x: Any, y: Any, numbers: Any, steps: Any) -> Any:
     """sums[4 j + r] += y[row r] * x[column 4 j + r] for j < steps, r = 0..3; writes no slot beyond."""
     element = element_type(x.dtype)
 
-    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, cols, out, block, dy, rows, n = args
-        table = lookup_table(builder, block, element, len(wide))
+    def write(builder: Any, width: int, args: Any) -> None:
+        cols, out, xs, dy, rows, n = args
+        table = lookup_table(builder, xs, element, width)
         four = ir.Constant(ir.VectorType(element, LANES), ir.Undefined)
         for r, line in enumerate(unit_rows(builder, dy, rows, 1)):
             four = builder.insert_element(four, builder.load(line), ir.Constant(_I32, r))
@@ -135,13 +147,16 @@ def outer_unit(typingctx: Any, wide: Any, columns: Any, sums: Any, x: Any, y: An
         slots = _slots(builder, n)
         body = Loop(builder, slots, [], stride=LANES)
         live = live_lanes(builder, builder.sub(slots, body.j))
-        found = lookup(builder, table, block, _columns(builder, cols, body.j, live), element, live)
+        found = lookup(builder, table, xs, _columns(builder, cols, body.j, live), element, live)
         where = builder.bitcast(builder.gep(out, [body.j]), _vector(element).as_pointer())
         align, none = ir.Constant(_I32, element_size(element)), filled(_vector(element), 0.0)
         before = masked_call(builder, "load", element, none.type, [where, align, live, none])
         after = fused(builder, factors, found, before)
         masked_call(builder, "store", element, ir.VoidType(), [after, where, align, live])
         body.end([])
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _by_block(builder, args[0], element, lambda width: write(builder, width, args[1:]))
         return ctx.get_dummy_value()
 
-    return types.void(wide, columns, sums, x, y, types.uint32, types.int64), codegen
+    return types.void(types.int64, columns, sums, x, y, types.uint32, types.int64), codegen

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 import torch
 from llvmlite import ir
@@ -15,17 +14,15 @@ from numba import carray, types
 from numba.core import cgutils
 from torch import Tensor
 
-from .jit import is_forked, jit
-from .lanes import with_address
+from .jit import is_forked, jit, with_address
 from .spmm_ir import Loop
+from .target import has_avx512
 from .team import in_team, members, number
 from .vector import intrinsic, pointer
 
 _LANES = 16
 SHARED = 1 << 18  # elements from which torch's threads, still awake after the product, share the work
 CACHED = 16 << 20  # bytes, of which most are in a cache still
-_HOST = llvmlite.binding.get_host_cpu_features()
-_STORES = {2: bool(_HOST.get("avx512bw")), 4: bool(_HOST.get("avx512f")), 8: bool(_HOST.get("avx512f"))}
 _LIKE2, _LIKE4, _LIKE8 = (np.zeros(1, f"int{8 * size}") for size in (2, 4, 8))
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -46,7 +43,7 @@ def _zero_line(bits: bool) -> Any:
             else:
                 pruned = builder.icmp_unsigned("==", survives, ir.Constant(found, [0] * _LANES))
             zeros = ir.Constant(kind, [0] * _LANES)
-            if not _STORES[size]:
+            if not has_avx512():
                 kept = builder.and_(builder.load(at, align=size), builder.not_(builder.sext(pruned, kind)))
                 builder.store(kept, at, align=size)  # of a select LLVM would make a masked store again
                 return ctx.get_dummy_value()

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numba import carray, int64, prange, types, uintp
+from numba import carray, int64, types, uintp
 
-from .jit import is_forked, jit, threads
+from .jit import is_forked, jit, threads, with_address
 from .lanes import (
     BFLOAT16,
     FLOAT16,
@@ -27,7 +27,6 @@ from .lanes import (
     SHIFTED,
     call_lane_sums,
     lane_sums,
-    with_address,
 )
 from .moment_records import (
     CARRIED,
@@ -44,6 +43,7 @@ from .moment_records import (
     recenter,
     store,
 )
+from .shares import ALONE, ME, among, on_threads, part_of
 from .team import in_team, number, team
 from .vector import copy_bytes, pointer, prefetch
 
@@ -74,7 +74,7 @@ ADDRESS, KIND, SIZE, A, C, I, STEP_A, STEP_C, ACROSS = range(9)  # noqa: E741
 PIECES, LENGTH, CUTS, CHUNKS, COST, FIRST_TASK, FIRST_COST, FIRST_RECORD, FIRST_CHANNEL = range(9, SEGMENT)
 # What the threads of a team are given: integers, and addresses.
 JOB = 11
-ME, TEAM, READ, ORDER, WORKERS, PLAN, TENSORS, RECORDS, CORRECTION, TABLE, COMBINES = range(JOB)
+MEMBER, TEAM, READ, ORDER, WORKERS, PLAN, TENSORS, RECORDS, CORRECTION, TABLE, COMBINES = range(JOB)
 
 
 @jit(error_model="numpy")
@@ -256,7 +256,11 @@ def _task_at(plan, cost):
 
 
 @jit(error_model="numpy")
-def _read_share(plan, read, order, worker, workers, records):
+def _read_share(share, plan, read, order, records):
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    worker, workers, _ = share
     total, sums = plan[-1, FIRST_COST], np.zeros((COLUMNS // LANES, SUMS))
     memory = np.empty((ROWS_A_STEP, STEP_NEAR), np.uint8)
     near = int64(memory.ctypes.data)
@@ -274,7 +278,11 @@ def _read_share(plan, read, order, worker, workers, records):
 
 
 @jit(error_model="numpy")
-def _combine_share(plan, order, correction, start, end, records, table):
+def _combine_share(share, plan, order, correction, records, table):
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    start, end = part_of(share, plan[-1, FIRST_CHANNEL])
     t = _segment_of(plan, int64(FIRST_CHANNEL), start)
     for channel in range(start, end):
         while channel >= plan[t + 1, FIRST_CHANNEL]:
@@ -294,42 +302,39 @@ def _table(address, channels):
 def _share(data):
     """What one thread of a team does; `data` is the address of what `_together` lays out."""
     job = carray(pointer(data, np.int64), (JOB,))
-    me, team = number(uintp(job[ME])), number(uintp(job[TEAM]))
+    me, team = number(uintp(job[MEMBER])), number(uintp(job[TEAM]))
     plan = carray(pointer(uintp(job[PLAN]), np.int64), (job[TENSORS] + 1, SEGMENT))
     records = carray(pointer(uintp(job[RECORDS]), np.float64), (plan[-1, FIRST_RECORD], RECORD))
     correction = carray(pointer(uintp(job[CORRECTION]), np.float64), (1,))[0]
-    channels, workers = plan[-1, FIRST_CHANNEL], job[WORKERS]
-    table = _table(job[TABLE], channels)
+    workers, table = job[WORKERS], _table(job[TABLE], plan[-1, FIRST_CHANNEL])
     for worker in range(me, workers, team):  # fewer threads than asked for may have come
+        share = (int64(worker), workers, int64(0))
         if job[COMBINES]:
-            start, end = channels * worker // workers, channels * (worker + 1) // workers
-            _combine_share(plan, job[ORDER], correction, start, end, records, table)
+            _combine_share(share, plan, job[ORDER], correction, records, table)
         else:
-            _read_share(plan, job[READ], job[ORDER], worker, workers, records)
+            _read_share(share, plan, job[READ], job[ORDER], records)
 
 
 @jit(error_model="numpy")
-def _moments(tensors, read, order, correction, workers, team, share, channels, table_at):
-    """All of it; False, with nothing done, if it should be shared and there is no team."""
+def _moments(tensors, read, order, correction, share, workers, team, member, channels, table_at):
+    """All of it: on the threads of the team, or where there is none on those of the share."""
     plan = _plan(tensors)
     records = np.empty((plan[-1, FIRST_RECORD], RECORD))
     table = _table(table_at, channels)
-    if workers > 1 and plan[-1, FIRST_COST] > SERIAL_COST:
-        if team[0] == 0:
-            return False
+    alone = (int64(0), int64(1), int64(0))
+    if workers > 1 and plan[-1, FIRST_COST] > SERIAL_COST and team[0]:
         job, corrections = np.zeros(JOB, np.int64), np.full(1, correction)
-        job[ME], job[TEAM], job[READ], job[ORDER], job[WORKERS] = team[1], team[2], read, order, workers
+        job[MEMBER], job[TEAM], job[READ], job[ORDER], job[WORKERS] = team[1], team[2], read, order, workers
         job[PLAN], job[TENSORS], job[RECORDS] = plan.ctypes.data, len(tensors), records.ctypes.data
         job[CORRECTION], job[TABLE] = corrections.ctypes.data, table_at
-        in_team(uintp(team[0]), uintp(share), uintp(job.ctypes.data), uintp(workers))
+        in_team(uintp(team[0]), uintp(member), uintp(job.ctypes.data), uintp(workers))
         if channels > SHARED_CHANNELS:
             job[COMBINES] = 1
-            in_team(uintp(team[0]), uintp(share), uintp(job.ctypes.data), uintp(workers))
-            return True
+            in_team(uintp(team[0]), uintp(member), uintp(job.ctypes.data), uintp(workers))
+            return
     else:
-        _read_share(plan, read, order, int64(0), int64(1), records)
-    _combine_share(plan, order, correction, int64(0), channels, records, table)
-    return True
+        _read_share(share if plan[-1, FIRST_COST] > SERIAL_COST else alone, plan, read, order, records)
+    _combine_share(share if channels > SHARED_CHANNELS else alone, plan, order, correction, records, table)
 
 
 @jit(error_model="numpy")
@@ -337,21 +342,7 @@ def _moments_of_one(address, kind, size, a, c, i, step_a, step_c, *rest):
     tensors = np.empty((1, ACROSS), np.int64)
     for column, value in enumerate((address, kind, size, a, c, i, step_a, step_c)):
         tensors[0, column] = value
-    return _moments(tensors, *rest)
-
-
-@jit(error_model="numpy", parallel=True)
-def _parallel(tensors, read, order, correction, workers, channels, table_at):
-    """The same on Numba's threads."""
-    plan = _plan(tensors)
-    records = np.empty((plan[-1, FIRST_RECORD], RECORD))
-    table = _table(table_at, channels)
-    for worker in prange(workers):
-        _read_share(plan, read, order, int64(worker), int64(workers), records)
-    sharers = workers if channels > SHARED_CHANNELS else 1
-    for worker in prange(sharers):
-        start, end = channels * worker // sharers, channels * (worker + 1) // sharers
-        _combine_share(plan, order, correction, int64(start), int64(end), records, table)
+    _moments(tensors, *rest)
 
 
 def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int, correction: float) -> torch.Tensor:
@@ -361,8 +352,11 @@ def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int
     table = torch.empty((VALUES, channels), dtype=torch.float64)
     result = channels, table.data_ptr()
     read = lane_sums.address
-    common = read, order, correction, 1 if is_forked() else torch.get_num_threads(), team(), _share.address, *result
-    done = _moments_of_one(*rows[0], *common) if len(rows) == 1 else _moments(np.array(rows, np.int64), *common)
-    if not done:
-        _parallel(np.array(rows, np.int64), read, order, correction, threads(), *result)
+    found, workers = team(), 1 if is_forked() else torch.get_num_threads()
+    share = ALONE if found[0] else among(threads())
+    common = read, order, correction, share, workers, found, _share.address, *result
+    if len(rows) == 1:
+        _moments_of_one(*rows[0], *common)
+    else:
+        _moments(np.array(rows, np.int64), *common)
     return table

@@ -8,10 +8,11 @@ I - V T V' (Schreiber & Van Loan 1989), so a large matrix is read once a panel.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange, uintp
+from numba import uintp
 from torch import Tensor
 
 from .jit import jit, threads
+from .shares import ME, among, on_threads, part_of
 
 PANEL = 64
 TILE = 128  # columns updated together: their sums stay in the first-level cache
@@ -101,12 +102,29 @@ def _reflect(v, t, m, start):
     """m -= v t (v' m): the panel's reflectors applied to a tile of columns."""
     products, w = np.empty((v.shape[1], m.shape[1]), m.dtype), np.empty((v.shape[1], m.shape[1]), m.dtype)
     _products(v, m, products, start)
-    _products(t.T.copy(), products, w, 0)
+    _products(t.T.copy(), products, w, np.int64(0))
     _subtract(v, w, m, start)
 
 
-def _qr(m, q, sign):
-    """m's columns become reflectors, q's the orthonormal vectors. q starts as the identity. Tiles are copied out, so that rows are contiguous."""
+@jit()
+def _reflect_tiles(share, v, t, m, start, first):
+    """The panel's reflectors applied to a share of the tiles of m's columns from `first` on, copied out, so that rows are contiguous."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    n = m.shape[1]
+    tiles = part_of(share, (n - first + TILE - 1) // TILE)
+    for tile in range(tiles[0], tiles[1]):
+        a = first + tile * TILE
+        b = min(a + TILE, n)
+        columns = m[:, a:b].copy()
+        _reflect(v, t, columns, start)
+        m[:, a:b] = columns
+
+
+@jit()
+def _qr(share, m, q, sign):
+    """m's columns become reflectors, q's the orthonormal vectors. q starts as the identity."""
     n = m.shape[1]
     panels = (n + PANEL - 1) // PANEL
     triangles = np.zeros((panels, PANEL, PANEL), m.dtype)
@@ -119,30 +137,16 @@ def _qr(m, q, sign):
         t = _triangle(v, tau, first)
         m[:, first:last] = v
         triangles[panel, : last - first, : last - first] = t
-        for tile in prange((n - last + TILE - 1) // TILE):
-            a = last + tile * TILE
-            b = min(a + TILE, n)
-            columns = m[:, a:b].copy()
-            _reflect(v, t.T.copy(), columns, first)
-            m[:, a:b] = columns
+        _reflect_tiles(share, v, t.T.copy(), m, first, last)
     for back in range(panels):
         panel = panels - 1 - back
         first, last = panel * PANEL, min(panel * PANEL + PANEL, n)
         v = m[:, first:last].copy()
         t = triangles[panel, : last - first, : last - first].copy()
-        for tile in prange((n - first + TILE - 1) // TILE):
-            a = first + tile * TILE
-            b = min(a + TILE, n)
-            columns = q[:, a:b].copy()
-            _reflect(v, t, columns, first)
-            q[:, a:b] = columns
+        _reflect_tiles(share, v, t, q, first, first)
     for i in range(uintp(q.shape[0])):
         for k in range(uintp(n)):
             q[i, k] *= sign[k]
-
-
-_qr_serial = jit()(_qr)
-_qr_parallel = jit(parallel=True)(_qr)
 
 
 def orthogonal_(matrix: Tensor) -> Tensor:
@@ -150,7 +154,6 @@ def orthogonal_(matrix: Tensor) -> Tensor:
     m = matrix.numpy()
     q, sign = np.zeros_like(m), np.empty(m.shape[1], m.dtype)
     np.fill_diagonal(q, 1)
-    qr = _qr_serial if m.size < SERIAL or threads() == 1 else _qr_parallel
-    qr(m, q, sign)
+    _qr(among(1 if m.size < SERIAL else threads()), m, q, sign)
     m[:] = q
     return matrix

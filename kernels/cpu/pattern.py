@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, prange, uint8
+from numba import carray, uint8
 from torch import Tensor
 
 from .jit import jit, threads
+from .shares import ME, among, on_threads, part_of
 from .spmm_ir import ROWS
 from .vector import pointer
 
@@ -37,8 +38,12 @@ def _read_tile(mask, stride_row, stride_column, rows, columns, tile):
 
 
 @jit()
-def _count_panels(mask_address, stride_row, stride_column, sizes, block, units, first, last):
-    """Rows and counts of every unit of panels first..last, and the slots of every (panel, column block)."""
+def _count_panels(share, mask_address, stride_row, stride_column, sizes, block, units):
+    """Rows and counts of every unit of a share of the panels, and the slots of every (panel, column block)."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    first, last = part_of(share, units.shape[0])
     N, K = sizes
     mask_at = pointer(np.uintp(mask_address), uint8)
     mask = carray(mask_at, N * K)
@@ -80,8 +85,12 @@ def _count_panels(mask_address, stride_row, stride_column, sizes, block, units, 
 
 
 @jit()
-def _fill_panels(mask_address, stride_row, stride_column, sizes, block, units, columns, first, last):
-    """The columns of every slot of panels first..last."""
+def _fill_panels(share, mask_address, stride_row, stride_column, sizes, block, units, columns):
+    """The columns of every slot of a share of the panels."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    first, last = part_of(share, units.shape[0])
     N, K = sizes
     mask_at = pointer(np.uintp(mask_address), uint8)
     mask = carray(mask_at, N * K)
@@ -118,39 +127,6 @@ def _fill_panels(mask_address, stride_row, stride_column, sizes, block, units, c
                         columns[start + ROWS * j + r] = last_column
 
 
-@jit(parallel=True)
-def _count_parallel(workers, mask_address, stride_row, stride_column, sizes, block, units):
-    panels = units.shape[0]
-    for t in prange(workers):
-        _count_panels(
-            mask_address,
-            stride_row,
-            stride_column,
-            sizes,
-            block,
-            units,
-            panels * t // workers,
-            panels * (t + 1) // workers,
-        )
-
-
-@jit(parallel=True)
-def _fill_parallel(workers, mask_address, stride_row, stride_column, sizes, block, units, columns):
-    panels = units.shape[0]
-    for t in prange(workers):
-        _fill_panels(
-            mask_address,
-            stride_row,
-            stride_column,
-            sizes,
-            block,
-            units,
-            columns,
-            panels * t // workers,
-            panels * (t + 1) // workers,
-        )
-
-
 @jit()
 def _place(units):
     """Number the slots: every unit's start. Returns how many there are."""
@@ -184,19 +160,13 @@ def index_rows(mask: Tensor, density: float) -> tuple[Tensor, Tensor]:
     units = torch.empty((-(-N // panel), -(-K // block), panel // ROWS, 4), dtype=torch.int32)
     records = units.numpy()
     workers = min(threads(), units.shape[0]) if mask.numel() >= 1 << 18 else 1
-    where = (mask.data_ptr(), mask.stride(0), mask.stride(1), (N, K), block, records)
-    if workers > 1:
-        _count_parallel(workers, *where)
-    else:
-        _count_panels(*where, 0, records.shape[0])
+    where = (among(workers), mask.data_ptr(), mask.stride(0), mask.stride(1), (N, K), block, records)
+    _count_panels(*where)
     slots = _place(records)
     if slots < 0:
         raise ValueError(f"Expected a mask of fewer than 2**31 survivors. Got shape {tuple(mask.shape)} with more.")
     columns = torch.empty(slots, dtype=torch.uint8)
-    if workers > 1:
-        _fill_parallel(workers, *where, columns.numpy())
-    else:
-        _fill_panels(*where, columns.numpy(), 0, records.shape[0])
+    _fill_panels(*where, columns.numpy())
     return units, columns
 
 

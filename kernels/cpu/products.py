@@ -11,21 +11,21 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-import llvmlite.binding
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from .few_rows import FEW, FEW_ORDERED, call_few
 from .jit import jit, threads
 from .memory import check_alike, working_memory
 from .pattern import block_of
+from .shares import ME, among, on_threads, part_of
 from .spmm_ir import (
     LANES,
     ROWS,
     compute_pointer,
     correlate_unit,
+    line_vectors,
     load,
     multiply_unit,
     shifted,
@@ -49,15 +49,17 @@ def cursor_bytes(rows):
 
 
 @jit()
-def _multiply_tasks(
-    width, kind, tasks, units_at, columns_at, index, x_at, x_strides, source, bias_at, y_at, sizes, plan, scratch
-):
-    """y[b, n] = bias[n] + sum over k of x[b, k] W[n, k] for tasks first..last of (batch part, group of panels)."""
-    first, last = tasks
+def _multiply(share, kind, units_at, columns_at, index, x_at, x_strides, source, bias_at, y_at, sizes, plan, scratch):
+    """y[b, n] = bias[n] + sum over k of x[b, k] W[n, k] for a share of the tasks (batch part, group of panels)."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
     panels, blocks, per_panel, block = index
     B, N, K = sizes
-    batch_blocks, task_panels, groups = plan
-    lanes, panel = len(width) * LANES, per_panel * ROWS
+    vectors, batch_blocks, task_panels, groups, tasks, bytes_each = plan
+    first, last = part_of(share, tasks)
+    scratch += share[ME] * bytes_each
+    lanes, panel = vectors * LANES, per_panel * ROWS
     units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
     x, y, bias = storage_pointer(x_at, kind), storage_pointer(y_at, kind), storage_pointer(bias_at, kind)
     cursor = storage_pointer(scratch, STARTS)
@@ -73,14 +75,14 @@ def _multiply_tasks(
         count = min(batch_blocks, (B - b0 + lanes - 1) // lanes)
         begin_rows(source, n0, rows, cursor)
         for i in range(count):
-            start_sums(width, shifted(bias, n0), bias_at != 0, rows, padded, shifted(y_tile, i * padded * lanes))
+            start_sums(vectors, shifted(bias, n0), bias_at != 0, rows, padded, shifted(y_tile, i * padded * lanes))
         for kb in range(blocks):
             k0 = kb * block
             for i in range(count):
                 b = b0 + i * lanes
                 corner = shifted(x, b * x_strides[0] + k0 * x_strides[1])
                 tile = shifted(x_tile, i * block * lanes)
-                pack(width, corner, x_strides[0], x_strides[1], B - b, min(block, K - k0), tile)
+                pack(vectors, corner, x_strides[0], x_strides[1], B - b, min(block, K - k0), tile)
             slots = 0
             for p in range(p0, p1):
                 records = shifted(units, (p * blocks + kb) * per_panel * 4)
@@ -102,7 +104,7 @@ def _multiply_tasks(
                         steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
                         numbers = np.uint32(records[4 * u])
                         multiply_unit(
-                            width,
+                            vectors,
                             shifted(place, slot - base),
                             shifted(weights, slot - base),
                             shifted(x_tile, i * block * lanes),
@@ -113,14 +115,13 @@ def _multiply_tasks(
                         slot += ROWS * steps
         for i in range(count):
             b = b0 + i * lanes
-            unpack(width, shifted(y_tile, i * padded * lanes), rows, B - b, shifted(y, b * N + n0), N)
+            unpack(vectors, shifted(y_tile, i * padded * lanes), rows, B - b, shifted(y, b * N + n0), N)
 
 
 @jit()
-def _correlate_tasks(
-    width,
+def _correlate(
+    share,
     kind,
-    tasks,
     units_at,
     columns_at,
     slots,
@@ -135,12 +136,16 @@ def _correlate_tasks(
     plan,
     scratch,
 ):
-    """Sum over b of dy[b, n] x[b, k] at the survivors of tasks first..last of groups of panels, to `target`."""
-    first, last = tasks
+    """Sum over b of dy[b, n] x[b, k] at the survivors of a share of the groups of panels, to `target`."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
     panels, blocks, per_panel, block = index
     B, N, K = sizes
-    batch_blocks, task_panels, _ = plan
-    lanes, panel = len(width) * LANES, per_panel * ROWS
+    vectors, batch_blocks, task_panels, _, tasks, bytes_each = plan
+    first, last = part_of(share, tasks)
+    scratch += share[ME] * bytes_each
+    lanes, panel = vectors * LANES, per_panel * ROWS
     units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
     dy, x = storage_pointer(dy_at, kind), storage_pointer(x_at, kind)
     sums = compute_pointer(sums_at, kind)
@@ -164,14 +169,14 @@ def _correlate_tasks(
             for i in range(count):
                 b = b0 + i * lanes
                 corner = shifted(dy, b * dy_strides[0] + n0 * dy_strides[1])
-                pack(width, corner, dy_strides[0], dy_strides[1], B - b, rows, shifted(dy_tile, i * padded * lanes))
+                pack(vectors, corner, dy_strides[0], dy_strides[1], B - b, rows, shifted(dy_tile, i * padded * lanes))
             for kb in range(blocks):
                 k0 = kb * block
                 for i in range(count):
                     b = b0 + i * lanes
                     corner = shifted(x, b * x_strides[0] + k0 * x_strides[1])
                     tile = shifted(x_tile, i * block * lanes)
-                    pack(width, corner, x_strides[0], x_strides[1], B - b, min(block, K - k0), tile)
+                    pack(vectors, corner, x_strides[0], x_strides[1], B - b, min(block, K - k0), tile)
                 for i in range(count):
                     for p in range(p0, p1):
                         records = shifted(units, (p * blocks + kb) * per_panel * 4)
@@ -181,7 +186,7 @@ def _correlate_tasks(
                             steps = np.int64(np.uint32(records[4 * u + 2]) >> np.uint32(16))
                             numbers = np.uint32(records[4 * u])
                             correlate_unit(
-                                width,
+                                vectors,
                                 shifted(columns, slot),
                                 shifted(sums, slot),
                                 shifted(x_tile, i * block * lanes),
@@ -199,86 +204,21 @@ def _correlate_tasks(
                         leave(target, kind, records, per_panel, columns, done, p * panel, k0, wide, rows_here, line)
 
 
-@jit(parallel=True)
-def _multiply_parallel(
-    workers,
-    count,
-    bytes_each,
-    width,
-    kind,
-    units_at,
-    columns_at,
-    index,
-    x_at,
-    x_strides,
-    source,
-    bias_at,
-    y_at,
-    sizes,
-    plan,
-    scratch,
-):
-    for t in prange(workers):
-        tasks = (count * t // workers, count * (t + 1) // workers)
-        memory = scratch + t * bytes_each
-        _multiply_tasks(
-            width, kind, tasks, units_at, columns_at, index, x_at, x_strides, source, bias_at, y_at, sizes, plan, memory
-        )
-
-
-@jit(parallel=True)
-def _correlate_parallel(
-    workers,
-    count,
-    bytes_each,
-    width,
-    kind,
-    units_at,
-    columns_at,
-    slots,
-    index,
-    dy_at,
-    dy_strides,
-    x_at,
-    x_strides,
-    sums_at,
-    target,
-    sizes,
-    plan,
-    scratch,
-):
-    for t in prange(workers):
-        tasks = (count * t // workers, count * (t + 1) // workers)
-        _correlate_tasks(
-            width,
-            kind,
-            tasks,
-            units_at,
-            columns_at,
-            slots,
-            index,
-            dy_at,
-            dy_strides,
-            x_at,
-            x_strides,
-            sums_at,
-            target,
-            sizes,
-            plan,
-            scratch + t * bytes_each,
-        )
-
-
 @jit()
-def _order_panels(kind, panels, units_at, columns_at, index, source, sizes, out_at, scratch):
-    """The weights of panels first..last in the order of their slots."""
-    _, blocks, per_panel, block = index
+def _order(share, kind, units_at, columns_at, index, source, sizes, out_at, bytes_each, scratch):
+    """The weights of a share of the panels in the order of their slots."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    panels, blocks, per_panel, block = index
+    first, last = part_of(share, panels)
+    scratch += share[ME] * bytes_each
     _, N, _ = sizes
     panel = per_panel * ROWS
     units, columns = storage_pointer(units_at, _RECORDS), storage_pointer(columns_at, _BYTES)
     cursor = storage_pointer(scratch, STARTS)
     values = compute_pointer(scratch + cursor_bytes(panel), kind)
-    for p in range(panels[0], panels[1]):
+    for p in range(first, last):
         begin_rows(source, p * panel, min(N - p * panel, panel), cursor)
         for kb in range(blocks):
             records = shifted(units, (p * blocks + kb) * per_panel * 4)
@@ -288,18 +228,10 @@ def _order_panels(kind, panels, units_at, columns_at, index, source, sizes, out_
                 store(out, s, load(values, s))
 
 
-@jit(parallel=True)
-def _order_parallel(workers, bytes_each, kind, units_at, columns_at, index, source, sizes, out_at, scratch):
-    for t in prange(workers):
-        panels = (index[0] * t // workers, index[0] * (t + 1) // workers)
-        _order_panels(kind, panels, units_at, columns_at, index, source, sizes, out_at, scratch + t * bytes_each)
-
-
 @cache
-def widths_of(batch: int) -> tuple[int, ...]:
-    """V zeros: the vectors a line that make the padded batch cheapest. 512-bit registers hold 4 x 4 sums, others 4 x 1."""
-    fitting = COST if llvmlite.binding.get_host_cpu_features().get("avx512f") else (1,)
-    return (0,) * min(fitting, key=lambda v: -(-batch // (v * LANES)) * v * COST[v])
+def vectors_of(batch: int) -> int:
+    """V, the vectors a line that make the padded batch cheapest."""
+    return min(line_vectors(), key=lambda v: -(-batch // (v * LANES)) * v * COST[v])
 
 
 @cache
@@ -325,12 +257,10 @@ def _plan(
 class _Call(NamedTuple):
     """What a kernel is called with, beside addresses: all that follows from the index's sizes and the batch."""
 
-    width: tuple[int, ...]
     kind: Any  # an array, of which the dtype counts
     blocking: tuple[int, int, int, int]  # panels, column blocks, units a panel, columns a block
     sizes: tuple[int, int, int]
-    plan: tuple[int, int, int]
-    tasks: int
+    plan: tuple[int, ...]  # vectors a line, batch blocks a task, panels a task, groups, tasks, bytes_each
     workers: int
     bytes_each: int  # of a worker's memory: cursor, X tile, sums or dY, values
 
@@ -340,14 +270,14 @@ def _call(
     shape: tuple[int, ...], sizes: tuple[int, int, int], dtype: torch.dtype, workers: int, multiplies: bool
 ) -> _Call:
     (panels, blocks, quads, _), (B, _, K) = shape, sizes
-    width, block = widths_of(B), block_of(K, blocks)
-    size, lanes = 8 if dtype == torch.float64 else 4, len(width) * LANES
+    vectors, block = vectors_of(B), block_of(K, blocks)
+    size, lanes = 8 if dtype == torch.float64 else 4, vectors * LANES
     batch_blocks, each, groups, tasks = _plan(B, lanes, panels, quads * ROWS, size, workers, multiplies)
     rows = each * quads * ROWS
     elements = batch_blocks * lanes * (block + rows) + multiplies * (rows * block + SLACK)
     bytes_each = -(-elements * size // 64) * 64 + 64 + -(-8 * rows // 64) * 64
-    index, plan = (panels, blocks, quads, block), (batch_blocks, each, groups)
-    return _Call(width, KINDS[dtype], index, sizes, plan, tasks, min(workers, tasks), bytes_each)
+    index, plan = (panels, blocks, quads, block), (vectors, batch_blocks, each, groups, tasks, bytes_each)
+    return _Call(KINDS[dtype], index, sizes, plan, min(workers, tasks), bytes_each)
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -375,14 +305,10 @@ def multiply(
     workers = threads() if columns.numel() * max(B, LANES) >= SERIAL else 1
     call = _call(units.shape, sizes, x.dtype, workers, True)
     scratch = working_memory(call.workers * call.bytes_each)
-    shared = (
-        *(units.data_ptr(), columns.data_ptr(), call.blocking, x.data_ptr(), x.stride(), source, bias_at, y.data_ptr()),
-        *(sizes, call.plan, scratch.data_ptr()),
+    _multiply(
+        *(among(call.workers), call.kind, units.data_ptr(), columns.data_ptr(), call.blocking),
+        *(x.data_ptr(), x.stride(), source, bias_at, y.data_ptr(), sizes, call.plan, scratch.data_ptr()),
     )
-    if call.workers > 1:
-        _multiply_parallel(call.workers, call.tasks, call.bytes_each, call.width, call.kind, *shared)
-    else:
-        _multiply_tasks(call.width, call.kind, (0, call.tasks), *shared)
     return y
 
 
@@ -397,10 +323,7 @@ def in_order(source: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype
     each = -(-(8 * panel + (panel * block + SLACK) * wide.itemsize) // 64) * 64 + 128
     scratch = working_memory(workers * each)
     where = (units.data_ptr(), columns.data_ptr(), (panels, blocks, quads, block), source, (0, N, K), out.data_ptr())
-    if workers > 1:
-        _order_parallel(workers, each, KINDS[dtype], *where, scratch.data_ptr())
-    else:
-        _order_panels(KINDS[dtype], (0, panels), *where, scratch.data_ptr())
+    _order(among(workers), KINDS[dtype], *where, each, scratch.data_ptr())
     return out
 
 
@@ -419,12 +342,7 @@ def correlate(dy: Tensor, x: Tensor, target: tuple[int, ...], units: Tensor, col
     own = call.workers * call.bytes_each
     scratch = working_memory(own + (slots + SLACK) * (8 if x.dtype == torch.float64 else 4))
     memory = scratch.data_ptr()
-    shared = (
-        *(units.data_ptr(), columns.data_ptr(), slots, call.blocking),
-        *(dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride(), memory + own, target),
-        *(sizes, call.plan, memory),
+    _correlate(
+        *(among(call.workers), call.kind, units.data_ptr(), columns.data_ptr(), slots, call.blocking),
+        *(dy.data_ptr(), dy.stride(), x.data_ptr(), x.stride(), memory + own, target, sizes, call.plan, memory),
     )
-    if call.workers > 1:
-        _correlate_parallel(call.workers, call.tasks, call.bytes_each, call.width, call.kind, *shared)
-    else:
-        _correlate_tasks(call.width, call.kind, (0, call.tasks), *shared)

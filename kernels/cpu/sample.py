@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, float32, float64, int32, prange, uint16, uint32, uint64, uintp
+from numba import carray, float32, float64, int32, uint16, uint32, uint64, uintp
 from numba.np.unsafe import ndarray
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from ..contract import (
 )
 from .jit import jit, threads
 from .philox import tile_words
+from .shares import ME, among, on_threads, part_of
 from .vector import all_ones, bits_float, float_bits, fma, full_vectors, half_bits, horner, pointer, sqrt
 
 _WORDS, _FLOAT32, _BFLOAT16, _FLOAT16, _FLOAT64 = range(5)
@@ -282,6 +283,7 @@ def _slots(run: Any) -> Any:
 
 @jit()
 def _fill(
+    share: Any,
     address: Any,
     code: Any,
     n: Any,
@@ -295,33 +297,12 @@ def _fill(
     run: Any,
     stride: Any,
 ) -> None:
-    count = (n + run - 1) // run * _slots(run)
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    first, last = part_of(share, (n + run - 1) // run * _slots(run))
     key = uint64(k0), uint64(k1), uint64(s0), uint64(s1)
-    _pieces(0, count, address, code, n, kind, params, key, offset, run, stride)
-
-
-@jit(parallel=True)
-def _fill_parallel(
-    chunks: Any,
-    address: Any,
-    code: Any,
-    n: Any,
-    kind: Any,
-    params: Any,
-    k0: Any,
-    k1: Any,
-    s0: Any,
-    s1: Any,
-    offset: Any,
-    run: Any,
-    stride: Any,
-) -> None:
-    count = (n + run - 1) // run * _slots(run)
-    key = uint64(k0), uint64(k1), uint64(s0), uint64(s1)
-    for c in prange(chunks):
-        _pieces(
-            count * c // chunks, count * (c + 1) // chunks, address, code, n, kind, params, key, offset, run, stride
-        )
+    _pieces(first, last, address, code, n, kind, params, key, offset, run, stride)
 
 
 @lru_cache(maxsize=4096)
@@ -354,8 +335,5 @@ def sample_(
     words = seed & 0xFFFFFFFF, seed >> 32, stream & 0xFFFFFFFF, stream >> 32
     arguments = out.data_ptr(), _CODES[out.dtype], n, kind, address, *words, offset, run if run > 0 else n, stride
     count = threads() if n >= _PARALLEL_FROM else 1
-    if count > 1:
-        _fill_parallel(8 * count, *arguments)
-    else:
-        _fill(*arguments)
+    _fill(among(8 * count if count > 1 else 1), *arguments)
     return out

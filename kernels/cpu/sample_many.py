@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import int64, prange, uint64
+from numba import int64, uint64
 from torch import Tensor
 
 from ..contract import NORMAL, TILE, UNIFORM
 from .jit import jit, threads
 from .sample import _CODES, _FLOAT32, _LARGE, _constants, _pieces, sample_
 from .sample_blocks import LANES, MEAN, SQUARES, N, bits_set, copy_past_caches, fill, measure, pick, prune, words_of
+from .shares import ME, among, on_threads
 
 _TILES = 8  # tiles of a block: 32 KiB of float32, within the first-level cache
 _SPAN = _TILES * TILE
@@ -146,20 +147,16 @@ def _counted(plan: Any, starts: Any) -> None:
 
 
 @jit()
-def _part(
-    plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, part: Any, parts: Any, starts: Any, records: Any
-) -> None:
-    """One of `parts` shares of equal cost."""
+def _part(share: Any, plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, starts: Any, records: Any) -> None:
+    """A share of equal cost."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    part, parts, _ = share
     total = plan[-1, FIRST_COST]
     begin = _block_at(plan, total * part // parts) if part else int64(0)
     end = _block_at(plan, total * (part + 1) // parts) if part + 1 < parts else plan[-1, FIRST_BLOCK]
     _share(plan, sizes, k0, k1, large, begin, end, starts, records)
-
-
-@jit(parallel=True)
-def _parallel(plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, parts: Any, starts: Any, records: Any) -> None:
-    for part in prange(parts):
-        _part(plan, sizes, k0, k1, large, int64(part), parts, starts, records)
 
 
 @lru_cache(maxsize=4096)
@@ -217,10 +214,7 @@ def sample_many_(
     if len(starts):
         _counted(plan, starts)
     count = threads() if plan[-1, FIRST_COST] >= _PARALLEL else 1
-    if count > 1:
-        _parallel(plan, _SIZES, *words, large, 8 * count, starts, records)
-    else:
-        _part(plan, _SIZES, *words, large, 0, 1, starts, records)
+    _part(among(8 * count if count > 1 else 1), plan, _SIZES, *words, large, starts, records)
     if not moments:
         return None
     result = torch.empty((2, len(outs)), dtype=torch.float64, device="cpu")

@@ -14,22 +14,21 @@ from numba import carray, types, uint8
 from torch import Tensor
 
 from .jit import jit
-from .lookup_ir import REGISTER_COLUMNS, lookup, lookup_table
+from .lookup_ir import lookup, lookup_table
+from .pattern import BLOCK
 from .spmm_ir import LANES, Loop, element_size, element_type, filled, fused, intrinsic, store_vector, vector_at
 from .vector import pointer
 
 
 @intrinsic
-def multiply_slices(
-    typingctx: Any, wide: Any, steps: Any, slices: Any, columns: Any, values: Any, x: Any, sums: Any
-) -> Any:
+def multiply_slices(typingctx: Any, steps: Any, slices: Any, columns: Any, values: Any, x: Any, sums: Any) -> Any:
     """sums[16 s + lane] = sum over j < steps[s] of values[slot] * x[columns[slot]], slot = 16 (steps before s + j) + lane."""
     element = element_type(x.dtype)
     i64 = ir.IntType(64)
 
     def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, counts, count, cols, vals, block, out = args
-        table = lookup_table(builder, block, element, len(wide))
+        counts, count, cols, vals, block, out = args
+        table = lookup_table(builder, block, element, BLOCK)
         outer = Loop(builder, count, [ir.Constant(i64, 0)])
         many = builder.sext(builder.load(builder.gep(counts, [outer.j])), i64)
         begin = outer.carried[0]
@@ -46,7 +45,7 @@ def multiply_slices(
         outer.end([end])
         return ctx.get_dummy_value()
 
-    return types.void(wide, steps, types.int64, columns, values, x, sums), codegen
+    return types.void(steps, types.int64, columns, values, x, sums), codegen
 
 
 @jit()
@@ -102,11 +101,11 @@ def slices_of(mask: Tensor) -> list[Tensor]:
     source: the row-major number of each slot's survivor, or -1.
     """
     N, K = mask.shape
-    blocks, slices = -(-K // REGISTER_COLUMNS), -(-N // LANES)
+    blocks, slices = -(-K // BLOCK), -(-N // LANES)
     steps = torch.empty((blocks, slices), dtype=torch.int32)
     positions = torch.empty((N, blocks), dtype=torch.int32)
     mask = mask.contiguous()
-    arguments = mask.data_ptr(), (N, K), REGISTER_COLUMNS, steps.numpy(), positions.numpy()
+    arguments = mask.data_ptr(), (N, K), BLOCK, steps.numpy(), positions.numpy()
     none = np.empty(0, np.uint8), np.empty(0, np.int32)
     slots = _index_slices(*arguments, *none, False)
     columns, source = torch.empty(slots, dtype=torch.uint8), torch.empty(slots, dtype=torch.int32)

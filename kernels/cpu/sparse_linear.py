@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from . import dense
+from .gemm_ir import long_at
 from .jit import jit, threads
 from .memory import check_alike, gradient_memory
 from .products import correlate, multiply
+from .shares import ME, among, on_threads, part_of
 from .sparse_pattern import sparse_tensors as sparse_tensors
+from .target import has_avx512
 from .vector import expand_line, full_vectors, population
 
+_WIDE = has_avx512()  # elsewhere LLVM writes 16 branches for a line
 _OWNER = torch.empty(0)  # of the block that dense weights, needed for one product each, are made in
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -46,75 +49,61 @@ def sparse_grad_values(dy: Tensor, x: Tensor, bits: Tensor, pattern: list[Tensor
 
 
 @jit()
-def _bytes_before(bits, first, last):
-    """Set bits of bytes first..last."""
-    count = np.int64(0)
-    for i in range(first, last):
-        count += _ONES[bits[i]]
+def _survivors_before(bits, last):
+    """Set bits of bytes 0..last."""
+    count, byte, start = np.int64(0), np.int64(0), np.int64(bits.ctypes.data)
+    while byte + 8 <= last:
+        count += np.int64(population(long_at(start + byte)))
+        byte += 8
+    for i in range(byte, last):
+        count += np.int64(population(np.uint64(bits[i])))
     return count
 
 
-_ONES = np.array([bin(b).count("1") for b in range(256)], np.uint8)
-
-
 @jit()
-def _expand(values, bits, dense, first, last, place):
-    """dense[i] = the next value where bit i is set, else 0, for the weights of bytes first..last; `place`: of the first."""
+def _expand(share, values, bits, dense):
+    """dense[i] = the next value where bit i is set, else 0, for the weights of a share of the bytes."""
     full_vectors()
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    first, last = part_of(share, bits.size)
+    place = _survivors_before(bits, first)
     size = dense.itemsize
     source, target = np.int64(values.ctypes.data), np.int64(dense.ctypes.data)
     i = first
-    while i + 2 <= last and 8 * i + 16 <= dense.size:
+    while _WIDE and i + 2 <= last and 8 * i + 16 <= dense.size:
         mask = np.uint16(bits[i]) | np.uint16(bits[i + 1] << 8)
         expand_line(dense, source + place * size, target + 8 * i * size, np.uint16(mask))
         place += np.int64(population(np.uint64(mask)))
         i += 2
+    one, most = dense.dtype.type(1), values.size - 1
     while i < last:
         byte = bits[i]
-        for b in range(min(8, dense.size - 8 * i)):
-            if (byte >> b) & 1:
-                dense[8 * i + b] = values[place]
-                place += 1
-            else:
-                dense[8 * i + b] = 0
+        for b in range(min(8, dense.size - 8 * i)):  # with no branch: no processor foresees a random mask
+            survives = (byte >> b) & 1
+            dense[8 * i + b] = values[min(place, most)] * (one * survives) if most >= 0 else 0
+            place += survives
         i += 1
 
 
 @jit()
-def _compress(dense, bits, values, first, last, place):
+def _compress(share, dense, bits, values):
+    """The reverse of `_expand`."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    first, last = part_of(share, bits.size)
+    place, end = _survivors_before(bits, first), min(_survivors_before(bits, last), values.size)
+    if place >= end:
+        return
     for i in range(first, last):
         byte = bits[i]
         for b in range(min(8, dense.size - 8 * i)):
             values[place] = dense[8 * i + b]
             place += (byte >> b) & 1
-            if place == values.size:
+            if place == end:  # whatever is written there is another worker's
                 return
-
-
-@jit(parallel=True)
-def _expand_parallel(workers, values, bits, dense):
-    before = np.empty(workers + 1, np.int64)
-    for t in prange(workers):
-        before[t + 1] = _bytes_before(bits, bits.size * t // workers, bits.size * (t + 1) // workers)
-    before[0] = 0
-    for t in range(workers):
-        before[t + 1] += before[t]
-    for t in prange(workers):
-        _expand(values, bits, dense, bits.size * t // workers, bits.size * (t + 1) // workers, before[t])
-
-
-@jit(parallel=True)
-def _compress_parallel(workers, dense, bits, values):
-    before = np.empty(workers + 1, np.int64)
-    for t in prange(workers):
-        before[t + 1] = _bytes_before(bits, bits.size * t // workers, bits.size * (t + 1) // workers)
-    before[0] = 0
-    for t in range(workers):
-        before[t + 1] += before[t]
-    for t in prange(workers):
-        part = values[before[t] : before[t + 1]]
-        if part.size:
-            _compress(dense, bits, part, bits.size * t // workers, bits.size * (t + 1) // workers, 0)
 
 
 def _flat(tensor: Tensor) -> np.ndarray:
@@ -128,9 +117,7 @@ def expand(values: Tensor, bits: Tensor, rows: int, columns: int) -> Tensor:
     dense = gradient_memory(_OWNER, (rows, columns), values.dtype)
     if dense.numel():
         workers = threads() if dense.numel() >= 1 << 16 else 1
-        _expand_parallel(workers, _flat(values), bits.numpy(), _flat(dense)) if workers > 1 else _expand(
-            _flat(values), bits.numpy(), _flat(dense), 0, bits.numel(), 0
-        )
+        _expand(among(workers), _flat(values), bits.numpy(), _flat(dense))
     return dense
 
 
@@ -142,9 +129,7 @@ def compress(dense: Tensor, bits: Tensor, nnz: int) -> Tensor:
     if nnz:
         dense = dense.contiguous()
         workers = threads() if dense.numel() >= 1 << 16 else 1
-        _compress_parallel(workers, _flat(dense), bits.numpy(), _flat(values)) if workers > 1 else _compress(
-            _flat(dense), bits.numpy(), _flat(values), 0, bits.numel(), 0
-        )
+        _compress(among(workers), _flat(dense), bits.numpy(), _flat(values))
     return values
 
 

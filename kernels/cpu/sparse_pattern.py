@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, prange, uint8
+from numba import carray, uint8
 from torch import Tensor
 
 from .jit import jit, threads
 from .pattern import block_of, index_rows
+from .shares import ME, among, on_threads, part_of
 from .spmm_ir import ROWS
 from .vector import pointer
 
@@ -16,8 +17,12 @@ PARALLEL_FROM = 1 << 18  # weights
 
 
 @jit()
-def _fill_places(mask_address, sizes, block, units, columns, starts, places, first, last):
-    """places[slot] = row-major number of the survivor of every slot of the transposed index, for its column blocks first..last."""
+def _fill_places(share, mask_address, sizes, block, units, columns, starts, places):
+    """places[slot] = row-major number of the survivor of every slot of the transposed index, for a share of its column blocks."""
+    if share[ME] < 0:
+        on_threads(share)
+        return
+    first, last = part_of(share, units.shape[1])
     N, K = sizes
     mask = carray(pointer(np.uintp(mask_address), uint8), N * K)
     panels, per_panel = units.shape[0], units.shape[2]
@@ -52,23 +57,6 @@ def _fill_places(mask_address, sizes, block, units, columns, starts, places, fir
                         places[start + ROWS * j + r] = -1
 
 
-@jit(parallel=True)
-def _fill_places_parallel(workers, mask_address, sizes, block, units, columns, starts, places):
-    blocks = units.shape[1]
-    for t in prange(workers):
-        _fill_places(
-            mask_address,
-            sizes,
-            block,
-            units,
-            columns,
-            starts,
-            places,
-            blocks * t // workers,
-            blocks * (t + 1) // workers,
-        )
-
-
 def sparse_tensors(mask: Tensor) -> list[Tensor]:
     """[units, columns, starts] of the bool mask (N, K), and [units, columns, places] of its transpose.
 
@@ -84,9 +72,6 @@ def sparse_tensors(mask: Tensor) -> list[Tensor]:
     blocks = across.shape[1]
     block = block_of(N, blocks)
     workers = min(threads(), blocks) if mask.numel() >= PARALLEL_FROM else 1
-    arguments = (mask.data_ptr(), (N, K), block, *(t.numpy() for t in (across, their_columns, starts, places)))
-    if workers > 1:
-        _fill_places_parallel(workers, *arguments)
-    else:
-        _fill_places(*arguments, 0, blocks)
+    arrays = (t.numpy() for t in (across, their_columns, starts, places))
+    _fill_places(among(workers), mask.data_ptr(), (N, K), block, *arrays)
     return [units, columns, starts, across, their_columns, places]

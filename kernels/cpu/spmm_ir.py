@@ -7,12 +7,15 @@ float32, and float64 for float64. LLVM splits the 16 lanes where the machine's v
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
+
+from .target import has_avx512
 
 intrinsic: Any = _intrinsic
 
@@ -276,6 +279,28 @@ class Loop:
         builder.position_at_end(self.done)
 
 
+def by_number(builder: Any, number: Any, numbers: Sequence[int], write: Callable[[int], None]) -> None:
+    """Code for each of `numbers`, of which the int64 `number` is one at run time: what would be so many kernels is one."""
+    if len(numbers) == 1:
+        write(numbers[0])
+        return
+    done = builder.append_basic_block("done")
+    cases = [builder.append_basic_block("case") for _ in numbers]
+    switch = builder.switch(number, cases[0])
+    for value, block in zip(numbers, cases, strict=True):
+        if value != numbers[0]:
+            switch.add_case(_const(value), block)
+        builder.position_at_end(block)
+        write(value)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def line_vectors() -> tuple[int, ...]:
+    """Numbers of vectors of 16 lanes that a line may have: 512-bit registers hold 4 x 4 sums, others 4 x 1."""
+    return (4, 2, 1) if has_avx512() else (1,)
+
+
 def _columns(builder: Any, columns: Any, j: Any, x: Any, width: int) -> list[Any]:
     """Where the four columns of step j begin in the X tile."""
     word = builder.load(builder.bitcast(_at(builder, columns, builder.mul(j, _const(ROWS))), _I32.as_pointer()))
@@ -288,17 +313,18 @@ def _columns(builder: Any, columns: Any, j: Any, x: Any, width: int) -> list[Any
 
 
 @intrinsic
-def multiply_unit(typingctx: Any, width: Any, columns: Any, values: Any, x: Any, y: Any, rows: Any, steps: Any) -> Any:
+def multiply_unit(
+    typingctx: Any, vectors: Any, columns: Any, values: Any, x: Any, y: Any, rows: Any, steps: Any
+) -> Any:
     """y[row r] += sum over j < steps of values[4 j + r] * x[column 4 j + r], r = 0..3.
 
-    width: a tuple of V; a line of x or y is V * 16 lanes, of the X tile at [column][lane], of the Y tile at [row][lane].
+    vectors: V; a line of x or y is V * 16 lanes, of the X tile at [column][lane], of the Y tile at [row][lane].
     rows: the four row numbers, 8 bits each. All 4 V sums stay in registers.
     """
-    count = len(width)
     element = element_type(x.dtype)
 
-    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, cols, vals, x_tile, y_tile, numbers, n = args
+    def write(builder: Any, count: int, args: Any) -> None:
+        cols, vals, x_tile, y_tile, numbers, n = args
         lines = unit_rows(builder, y_tile, numbers, count * LANES)
 
         def step(j: Any, sums: list[Any]) -> list[Any]:
@@ -328,20 +354,22 @@ def multiply_unit(typingctx: Any, width: Any, columns: Any, values: Any, x: Any,
         ):  # a block's sum is made alone, and then added: as exact as dense blocking
             line, place = lines[i // count], i % count * LANES
             store_vector(builder, builder.fadd(vector_at(builder, line, place, element, 64), total), line, place, 64)
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        by_number(builder, args[0], line_vectors(), lambda count: write(builder, count, args[1:]))
         return ctx.get_dummy_value()
 
-    return types.void(width, columns, values, x, y, types.uint32, types.int64), codegen
+    return types.void(types.int64, columns, values, x, y, types.uint32, types.int64), codegen
 
 
 @intrinsic
-def correlate_unit(typingctx: Any, width: Any, columns: Any, sums: Any, x: Any, y: Any, rows: Any, steps: Any) -> Any:
+def correlate_unit(typingctx: Any, vectors: Any, columns: Any, sums: Any, x: Any, y: Any, rows: Any, steps: Any) -> Any:
     """sums[4 j + r] += sum over lanes of y[row r] * x[column 4 j + r], for j < steps, r = 0..3. Shapes as in multiply_unit."""
-    count = len(width)
     element = element_type(x.dtype)
     four = ir.VectorType(element, ROWS)
 
-    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, cols, out, x_tile, y_tile, numbers, n = args
+    def write(builder: Any, count: int, args: Any) -> None:
+        cols, out, x_tile, y_tile, numbers, n = args
         lines = [
             [vector_at(builder, line, v * LANES, element, 64) for v in range(count)]
             for line in unit_rows(builder, y_tile, numbers, count * LANES)
@@ -359,9 +387,12 @@ def correlate_unit(typingctx: Any, width: Any, columns: Any, sums: Any, x: Any, 
         before.align = element_size(element)
         builder.store(builder.fadd(before, sum_lanes(builder, products)), place).align = element_size(element)
         loop.end([])
+
+    def codegen(ctx: Any, builder: Any, sig: Any, args: Any) -> Any:
+        by_number(builder, args[0], line_vectors(), lambda count: write(builder, count, args[1:]))
         return ctx.get_dummy_value()
 
-    return types.void(width, columns, sums, x, y, types.uint32, types.int64), codegen
+    return types.void(types.int64, columns, sums, x, y, types.uint32, types.int64), codegen
 
 
 def unit_rows(builder: Any, tile: Any, numbers: Any, line: int) -> list[Any]:

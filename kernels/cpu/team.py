@@ -38,7 +38,7 @@ def team() -> Team:
 
 @cache
 def members(work: Any) -> tuple[Team, int]:
-    """torch's threads, and the address of what each does (lanes.with_address), compiled when first asked for."""
+    """torch's threads, and the address of what each does (jit.with_address), compiled when first asked for."""
     return team(), work.address
 
 

@@ -14,9 +14,9 @@ ZERO = np.float32(0)
 
 
 @jit()
-def pack(width, source, stride_row, stride_column, rows, columns, tile):
+def pack(vectors, source, stride_row, stride_column, rows, columns, tile):
     """tile[column][lane] = source[lane, column]; 0 in lanes beyond `rows`."""
-    lanes = len(width) * LANES
+    lanes = vectors * LANES
     for lane in range(0, lanes, LANES):
         valid = min(rows - lane, LANES)
         if valid <= 0:
@@ -39,9 +39,9 @@ def pack(width, source, stride_row, stride_column, rows, columns, tile):
 
 
 @jit()
-def unpack(width, tile, columns, rows, out, stride):
+def unpack(vectors, tile, columns, rows, out, stride):
     """out[lane, column] = tile[column][lane] for lanes below `rows`."""
-    lanes = len(width) * LANES
+    lanes = vectors * LANES
     even = columns // LANES * LANES
     for lane in range(0, min(lanes, rows), LANES):
         valid = min(LANES, rows - lane)
@@ -53,9 +53,9 @@ def unpack(width, tile, columns, rows, out, stride):
 
 
 @jit()
-def start_sums(width, bias, has_bias, rows, padded, tile):
+def start_sums(vectors, bias, has_bias, rows, padded, tile):
     """tile[row][lane] = bias[row], or 0; 0 in rows beyond `rows`."""
-    lanes = len(width) * LANES
+    lanes = vectors * LANES
     for row in range(padded):
         value = load(bias, row) if has_bias and row < rows else ZERO
         for i in range(lanes):
