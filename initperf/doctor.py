@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import time
-from importlib import import_module, metadata
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import initperf
 from initperf import __version__, choice, ops, rng
 from initperf.core.extras import installation
 from initperf.findings import NONE, Table, joined, percent, size
@@ -19,7 +20,6 @@ from initperf.selfcheck import agrees
 from initperf.write_watch import why_not
 
 PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib", "rich", "typer")
-REGISTERING = ("init", "masked", "sparse", "chain", "conv", "prune", "stats")  # modules that enter ops into ops.MODULES
 VECTORS = {  # LLVM's feature names, and what people call them
     "avx2": "AVX2",
     "fma": "FMA",
@@ -34,8 +34,8 @@ VECTORS = {  # LLVM's feature names, and what people call them
 
 def examine(check: bool = True) -> dict[str, Any]:
     """Everything doctor shows, as plain data. `check` runs each op's kernels against the reference (compiling what is not cached)."""
-    for module in REGISTERING:
-        import_module(f"initperf.{module}")
+    for name in initperf.__all__:  # whose modules enter their ops into ops.MODULES
+        getattr(initperf, name)
     found: dict[str, Any] = {
         "versions": {"initperf": __version__, "RNG contract": str(rng.VERSION), "Python": platform.python_version()}
         | {name: _version(name) for name in PACKAGES},

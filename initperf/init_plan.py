@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from initperf import parametrized, pretrained, rng, schemes
+from initperf import dropins, parametrized, pretrained, rng, schemes
 from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
 from initperf.core.torch_private import DisableTorchFunction
 from initperf.reference.sample_many import unpacked
@@ -151,7 +151,7 @@ def _own(model: nn.Module, tasks: Mapping[int, Task]) -> tuple[dict[int, Init], 
 
 def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str, nn.Module, str] | None) -> None:
     place = task.place
-    if getattr(scheme, "__module__", "") in ("torch.nn.init", "initperf.init", "initperf.dropins"):
+    if getattr(scheme, "__module__", "") in (torch.nn.init.__name__, dropins.__name__):
         name = getattr(scheme, "__name__", "")
         fail(
             "the scheme as a name, such as 'kaiming_normal', or a function of (name, parameter, module)",

@@ -59,7 +59,10 @@ def usable(compiler: str) -> bool:
 
 @cache
 def _exists(module: str) -> bool:
-    return find_spec(module) is not None
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its package
+        return False
 
 
 def backend_of(name: str, device_type: str) -> str:

@@ -29,6 +29,12 @@ def _launcher(name: str, backend: str) -> Callable[..., Any]:
     return getattr(import_module(f"{_PACKAGES[backend]}.{ops.MODULES[name]}"), name)
 
 
+def _beside(launch: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The launcher of op `name` of the same backend."""
+    package = next(p for p in _PACKAGES.values() if launch.__module__.startswith(f"{p}."))
+    return getattr(import_module(f"{package}.{ops.MODULES[name]}"), name)
+
+
 def _same(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
     return len(expected) == len(got) and all(
         a.dtype == b.dtype and torch.equal(_bits(a), _bits(b)) for a, b in zip(expected, got, strict=True)
@@ -63,7 +69,7 @@ def _check_kth_smallest(launch: Callable[..., Any], device: str) -> list[Tensor]
 def _check_cut(launch: Callable[..., Any], device: str) -> list[Tensor]:
     values = [_integers(31, 10, device=device), _integers(7, device=device)]
     alive = [v > -2 for v in values]
-    selection = import_module("initperf.reference.select").kth_smallest(values, alive, 100)
+    selection = _launcher("kth_smallest", "reference")(values, alive, 100)
     return list(launch(values, alive, selection))
 
 
@@ -88,10 +94,9 @@ def _masked(device: str) -> dict[str, Tensor]:
 
 def _check_masked(name: str, launch: Callable[..., Any], device: str) -> list[Tensor]:
     """One of the three products, or the index that they read."""
-    given, package = _masked(device), launch.__module__.rpartition(".")[0]
-    make_pattern = import_module(f"{package}.pattern").pattern_tensors
-    product = import_module(f"{package}.masked_matmul").masked_linear if name == "pattern_tensors" else launch
-    pattern = make_pattern(given["mask"])
+    given = _masked(device)
+    product = _beside(launch, "masked_linear") if name == "pattern_tensors" else launch
+    pattern = _beside(launch, "pattern_tensors")(given["mask"])
     if name == "masked_grad_input":
         return [launch(given["dy"], given["weight"], given["mask"], pattern, True)]
     if name == "masked_grad_weight":
@@ -101,30 +106,29 @@ def _check_masked(name: str, launch: Callable[..., Any], device: str) -> list[Te
 
 def _check_sparse(name: str, launch: Callable[..., Any], device: str) -> list[Tensor]:
     """One of the three products of a compressed weight, or the index that they read."""
-    given, home = _masked(device), import_module(f"{launch.__module__.rpartition('.')[0]}.sparse_linear")
+    given = _masked(device)
     values, bits = given["weight"][given["mask"]][:, None], pack_bits(given["mask"])
-    index = home.sparse_tensors(given["mask"])
+    index = _beside(launch, "sparse_tensors")(given["mask"])
     if name == "sparse_grad_values":
         return [launch(given["dy"], given["x"], bits, index)]
-    by_columns = [home.sparse_grad_input(given["dy"], values, bits, 300, index)]
+    by_columns = [_beside(launch, "sparse_grad_input")(given["dy"], values, bits, 300, index)]
     if name == "sparse_grad_input":
         return by_columns
-    y = home.sparse_linear(given["x"], values, given["bias"], bits, 80, index)
+    y = _beside(launch, "sparse_linear")(given["x"], values, given["bias"], bits, 80, index)
     return [y, *by_columns] if name == "sparse_tensors" else [y]
 
 
 def _check_conv(name: str, launch: Callable[..., Any], device: str) -> list[Tensor]:
     """One of the three convolutions, or the index that they read."""
-    home = import_module(f"{launch.__module__.rpartition('.')[0]}.conv")
     mask = (torch.arange(10 * 6 * 9) * 7919 % 100 < 30).view(10, 6, 3, 3).to(device)
     x, dy, bias = (_integers(*shape, device=device) for shape in ((17, 6, 8, 9), (17, 10, 8, 9), (10,)))
     weight = torch.where(mask, _integers(10, 6, 3, 3, device=device), 0)
-    index, geometry = home.conv_pattern_tensors(mask, 1, False), ((1, 1), (1, 1), (1, 1), 1)
+    index, geometry = _beside(launch, "conv_pattern_tensors")(mask, 1, False), ((1, 1), (1, 1), (1, 1), 1)
     if name == "masked_conv2d_grad_input":
         return [launch(dy, weight, mask, index, mask.shape, (8, 9), *geometry, True)]
     if name == "masked_conv2d_grad_weight":
         return [launch(dy, x, mask, index, mask.shape, *geometry)]
-    return [home.masked_conv2d(x, weight, bias, mask, index, mask.shape, *geometry, True)]
+    return [_beside(launch, "masked_conv2d")(x, weight, bias, mask, index, mask.shape, *geometry, True)]
 
 
 def _check_zero_pruned(launch: Callable[..., Any], device: str) -> list[Tensor]:
@@ -135,11 +139,11 @@ def _check_zero_pruned(launch: Callable[..., Any], device: str) -> list[Tensor]:
 
 def _check_chain(name: str, launch: Callable[..., Any], device: str) -> list[Tensor]:
     """Two layers with ReLU between them: for one batch row and for many, or with their gradients."""
-    given, home = _masked(device), import_module(f"{launch.__module__.rpartition('.')[0]}.sparse_linear")
+    given = _masked(device)
     second = (torch.arange(10 * 80) * 7919 % 100 < 30).view(10, 80).to(device)
     weights = (given["weight"], given["mask"], given["bias"]), (_integers(10, 80, device=device), second, None)
     layers = [
-        (weight[mask][:, None], bias, mask, home.sparse_tensors(mask), bias is not None)
+        (weight[mask][:, None], bias, mask, _beside(launch, "sparse_tensors")(mask), bias is not None)
         for weight, mask, bias in weights
     ]
     if name == "sparse_chain_training":

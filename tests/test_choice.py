@@ -158,8 +158,8 @@ def test_every_product_of_a_layer_asks_by_the_batchs_rows_and_the_masks_survivor
         counts.append(nnz)
         return True
 
-    for module in ("masked_ops", "choice"):
-        monkeypatch.setattr(f"initperf.{module}.sparse_pays", answer)
+    monkeypatch.setattr("initperf.masked_ops.sparse_pays", answer)
+    monkeypatch.setattr("initperf.choice.sparse_pays", answer)
     monkeypatch.setattr(choice, "all_dense", lambda *_: False)
     monkeypatch.setattr("initperf.direct.TINY", 0)
     monkeypatch.setattr("initperf.masked_ops.MOST_COMPOSED", 0)

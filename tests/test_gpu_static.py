@@ -35,10 +35,10 @@ def planted(tmp_path_factory):
 def test_every_kernel_compiles_for_every_main_target(gpu_rows):
     seen = {kernel["kernel"] for r in gpu_rows.values() for kernel in r["kernels"]}
     folder = ROOT / "kernels" / "gpu"
-    launched = {name for path in folder.glob("*.py") for name in re.findall(r"^ +(\w+)\[", path.read_text(), re.M)}
+    launched = {name for path in folder.rglob("*.py") for name in re.findall(r"^ +(\w+)\[", path.read_text(), re.M)}
     assert launched >= {"_fill", "_fill_many", "_decode", "_masked_grad_weight", "combine"}
     kernels = {
-        name for path in folder.glob("*.py") for name in re.findall(r"@triton\.jit.*\ndef (\w+)", path.read_text())
+        name for path in folder.rglob("*.py") for name in re.findall(r"@triton\.jit.*\ndef (\w+)", path.read_text())
     }
     assert seen == launched & kernels
     by_target = {

@@ -3,8 +3,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from initperf import kernels
 
 LIMIT = 0.2  # of what `import torch` takes
 EVERY_EXPORT = "[getattr(initperf, name) for name in getattr(initperf, '__all__', ())]"
@@ -26,13 +29,13 @@ import initperf
 print(*{{name.split(".")[0] for name in set(sys.modules) - before}})
 """
 COMPILED = """
-import importlib, pathlib, initperf.kernels.cpu as cpu
+import importlib, pkgutil, initperf.kernels.cpu as cpu
 from numba.core.dispatcher import Dispatcher
 found = []
-for path in sorted(pathlib.Path(cpu.__file__).parent.glob("*.py")):
-    module = importlib.import_module(f"initperf.kernels.cpu.{path.stem}")
+for about in pkgutil.walk_packages(cpu.__path__, cpu.__name__ + "."):
+    module = importlib.import_module(about.name)
     kernels = [v for v in vars(module).values() if isinstance(v, Dispatcher)]
-    found += [f"{path.stem}.{k.__name__}" for k in kernels if k.signatures]
+    found += [f"{about.name}.{k.__name__}" for k in kernels if k.signatures]
     print(len(kernels))
 print("compiled:", *found)
 """
@@ -91,3 +94,14 @@ def test_kernels_leave_torchs_number_of_threads_alone():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["1"]
+
+
+def test_the_cache_of_compiled_kernels_is_keyed_by_every_file_they_are_made_of():
+    """In folders of any depth: a file that is left out gives stale kernels."""
+    pytest.importorskip("numba")
+    from initperf.kernels.cpu import jit
+
+    root = Path(kernels.__path__[0])
+    files = {root / "contract.py", *(root / "cpu").rglob("*.py")}
+    assert len(files) > 40
+    assert files <= set(jit._FILES)

@@ -23,12 +23,18 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAUNCHERS = ["cpu", "gpu", "reference"]
 U = 2.0**-53
 
+MODULES = {
+    "reference": "initperf.reference.moments",
+    "cpu": "initperf.kernels.cpu.moments",
+    "gpu": "initperf.kernels.gpu.moments",
+}
+
 
 def launch(name: str, tensors, shapes, order=4, correction=0.0) -> Moments:
     if name == "gpu":
         pytest.importorskip("triton")
         tensors = [x.to("cuda" if torch.cuda.is_available() else "cpu") for x in tensors]
-    module = import_module("initperf.reference.moments" if name == "reference" else f"initperf.kernels.{name}.moments")
+    module = import_module(MODULES[name])
     rows = module.moments(tensors, shapes, order, correction)
     return Moments(rows.cpu(), [torch.Size((shape[1],)) for shape in shapes])
 

@@ -239,8 +239,8 @@ def test_normal_values_written_past_the_caches_are_the_same(n, monkeypatch):
     whole, wanted = torch.full((n + 32,), 7.0), torch.full((n + 32,), 7.0)
     kind, params = rng.normal(0.5, 2)
     cpu_sample_(wanted[16:-16], kind, params, 5, 2**63 + 3)
-    for name in ("sample", "sample_many"):
-        monkeypatch.setattr(f"initperf.kernels.cpu.{name}._LARGE", 0)
+    monkeypatch.setattr("initperf.kernels.cpu.sample._LARGE", 0)
+    monkeypatch.setattr("initperf.kernels.cpu.sample_many._LARGE", 0)
     cpu_sample_(whole[16:-16], kind, params, 5, 2**63 + 3)
     assert torch.equal(bits(whole), bits(wanted))
 
@@ -249,8 +249,8 @@ def test_normal_values_written_past_the_caches_are_the_same(n, monkeypatch):
 def test_a_shard_is_not_taken_for_a_whole_because_it_is_large(offset, run, stride, monkeypatch):
     d = rng.normal(0.5, 2)
     wanted = filled(cpu_sample_, 5000, torch.float32, d, 5, 3, offset, run, stride)
-    for name in ("sample", "sample_many"):
-        monkeypatch.setattr(f"initperf.kernels.cpu.{name}._LARGE", 0)
+    monkeypatch.setattr("initperf.kernels.cpu.sample._LARGE", 0)
+    monkeypatch.setattr("initperf.kernels.cpu.sample_many._LARGE", 0)
     assert_same_bits(filled(cpu_sample_, 5000, torch.float32, d, 5, 3, offset, run, stride), wanted)
 
 

@@ -36,11 +36,11 @@ Masks = dict[str, Tensor]
 SAMPLE = 256  # training images on which variances are measured
 KINDS = ("ticket", "reinit", "shuffle")
 EXPERIMENTS = {  # name -> module, function
-    "width": ("width", "run_width"),
-    "rescale": ("rescaled", "run_rescale"),
-    "larger-init": ("larger_init", "run_larger_init"),
-    "scratch": ("scratch", "run_scratch"),
-    "structured": ("unit_pruning", "run_unit_pruning"),
+    "width": ("initperf.experiments.width", "run_width"),
+    "rescale": ("initperf.experiments.rescaled", "run_rescale"),
+    "larger-init": ("initperf.experiments.larger_init", "run_larger_init"),
+    "scratch": ("initperf.experiments.scratch", "run_scratch"),
+    "structured": ("initperf.experiments.unit_pruning", "run_unit_pruning"),
 }
 VERSIONS = {"initperf": __version__, "torch": torch.__version__}
 
@@ -180,7 +180,7 @@ def run_experiment(
     check(name in EXPERIMENTS, f"an experiment of {', '.join(EXPERIMENTS)}", repr(name))
     check(data in ("digits", "mnist"), "data to be digits or mnist", repr(data))
     module, function = EXPERIMENTS[name]
-    experiment = import_module(f"initperf.experiments.{module}")
+    experiment = import_module(module)
     recipe_name, budget = DEFAULT[data]
     numbers: dict[str, Any] = dict(experiment.DEFAULT) if data == "digits" else {}
     numbers |= {k: v for k, v in {"iterations": iterations, "trials": trials}.items() if v is not None}

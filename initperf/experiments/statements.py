@@ -148,7 +148,7 @@ def _run(run: Run, folder: Path) -> str:
 
 
 def _experiment(name: str, rows: Rows, budget: str, experiments: Path, folder: Path) -> str:
-    module = import_module(f"initperf.experiments.{EXPERIMENTS[name][0]}")
+    module = import_module(EXPERIMENTS[name][0])
     place = make_folder(folder / name)
     for end in ("csv", "svg", "json"):
         write_atomically(place / f"{name}.{end}", (experiments / name / f"{name}.{end}").read_bytes())

@@ -1,7 +1,7 @@
 """numba.njit with a disk cache that cannot go stale, and the two rules of calling parallel kernels (threads, forks).
 
 Numba's own index follows one source file; an edit of an intrinsic in another file leaves stale entries. So the cache
-folder is keyed by a hash of every file of kernels/cpu and of kernels: ~/.cache/initperf/numba-<hash> (INITPERF_CACHE_DIR overrides).
+folder is keyed by a hash of every file below kernels/cpu and of kernels: ~/.cache/initperf/numba-<hash> (INITPERF_CACHE_DIR overrides).
 Its entries are keyed by the processor that they were compiled for, and its instructions, so machines may share a home.
 
 Processes that start together need the same kernels at the same time: one compiles, the others wait and load. Nor may two
@@ -25,13 +25,15 @@ import torch
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc import parallel
 
+from .. import contract
+
 try:
     import fcntl
 except ImportError:  # Windows: as Numba does it alone
     fcntl = None  # type: ignore[assignment]
 
-_HERE = Path(__file__).parent
-_FILES = sorted([*_HERE.glob("*.py"), *_HERE.parent.glob("*.py")])
+_KERNELS = Path(contract.__file__).parent
+_FILES = sorted([*_KERNELS.glob("*.py"), *(_KERNELS / "cpu").rglob("*.py")])
 _HASH = hashlib.sha256(b"".join(p.read_bytes() for p in _FILES)).hexdigest()[:16]
 _ROOT = os.environ.get("INITPERF_CACHE_DIR") or Path(
     os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "initperf"
