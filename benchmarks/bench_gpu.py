@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from initperf.kernels.gpu import block_matmul, decode, masked_matmul, moments, pattern, select, sparse_linear
 from torch import Tensor
 
+from initperf.kernels.gpu.candidates import block_matmul, decode
+from initperf.kernels.gpu.linear import masked_linear, sparse_linear
+from initperf.kernels.gpu.masks import select
+from initperf.kernels.gpu.moments import moments
+from initperf.kernels.gpu.sparse import index as pattern
+from initperf.kernels.reference.candidates import block_matmul as block_reference
 from initperf.pattern import pack_bits
-from initperf.reference import block_matmul as block_reference
 
 SIZE, BATCH = 4096, 4096
 BF16, F32 = torch.bfloat16, torch.float32
@@ -55,7 +59,7 @@ def masked_grad(dtype: torch.dtype, density: float, into: bool, device: str, siz
     grads = [torch.zeros_like(one.weight) if into else None for _ in range(2)]
 
     def ours() -> Tensor:
-        return masked_matmul.masked_grad_weight(one.dy, one.x, one.mask, index, into=grads[0])
+        return masked_linear.masked_grad_weight(one.dy, one.x, one.mask, index, into=grads[0])
 
     def theirs() -> Tensor:
         found = (one.dy.t() @ one.x).masked_fill_(~one.mask, 0)

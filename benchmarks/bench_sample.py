@@ -8,7 +8,7 @@ from scipy import stats
 
 from initperf import ops, rng
 
-ops.register("sample_", "sample")
+ops.register("sample_", "sampling.sample")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = (4096, 4096)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

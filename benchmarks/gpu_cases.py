@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from initperf.kernels.gpu import block_matmul, moments, sample, sample_many, select, targets
 
 from benchmarks.gpu_case import BF16, F16, F32, F64, MAIN, SHORT, SIZE, Case, Work, meta, replaced
 from benchmarks.gpu_init import init_cases
@@ -17,6 +16,11 @@ from benchmarks.gpu_products import (
     spmm_case,
 )
 from initperf import rng
+from initperf.kernels.gpu import targets
+from initperf.kernels.gpu.candidates import block_matmul
+from initperf.kernels.gpu.masks import select
+from initperf.kernels.gpu.moments import moments
+from initperf.kernels.gpu.sampling import sample, sample_many
 
 # Sampling
 

@@ -7,12 +7,16 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from initperf.kernels.gpu import block_matmul, decode, masked_matmul, sparse_grad, sparse_linear, sparse_matmul, targets
 
 from benchmarks.aot import Launch, changed
 from benchmarks.gpu_case import BF16, F32, F64, MAIN, SHORT, SIZE, Case, Work, allow_tf32, index, meta, replaced
 from benchmarks.gpu_model import most_loaded, resident
 from initperf.gpu_devices import Device
+from initperf.kernels.gpu import targets
+from initperf.kernels.gpu.candidates import block_matmul, decode
+from initperf.kernels.gpu.linear import masked_linear, sparse_linear
+from initperf.kernels.gpu.sparse import rows as sparse_matmul
+from initperf.kernels.gpu.sparse import rows_grad
 
 # Gradients of a weight on the matrix unit, in tiles
 
@@ -41,11 +45,11 @@ def masked_case(
     x, dy, mask = meta(b, k, dtype=dtype), meta(b, n, dtype=dtype), meta(n, k, dtype=torch.bool)
 
     def run() -> object:
-        kernel = masked_matmul._masked_grad_weight
+        kernel = masked_linear._masked_grad_weight
         twin = kernel if masked else changed(kernel, "tl.where(alive, acc, 0.0)", "acc")
-        with replaced(masked_matmul, _masked_grad_weight=twin), allow_tf32(tf32):
+        with replaced(masked_linear, _masked_grad_weight=twin), allow_tf32(tf32):
             grad = meta(n, k, dtype=dtype) if into else None
-            return masked_matmul.masked_grad_weight(dy, x, mask, [index(n, words), index(tiles)], into=grad)
+            return masked_linear.masked_grad_weight(dy, x, mask, [index(n, words), index(tiles)], into=grad)
 
     label = f"dw {'TF32' if tf32 else SHORT[dtype]} {b} x {n} x {k}"
     nbytes = dtype.itemsize * (b * k + b * n + n * k * (2 if into else 1)) + n * words * 4
@@ -168,10 +172,10 @@ def sddmm_case(b: int, dtype: torch.dtype, density: float, n: int = SIZE, k: int
     nnz = round(density * n * k)
 
     def run() -> object:
-        survivors = targets.tile(sparse_grad.TILES)[dtype.itemsize][0]
+        survivors = targets.tile(rows_grad.TILES)[dtype.itemsize][0]
         programs = n * math.ceil(density * k / survivors)
-        with replaced(sparse_grad, programs=lambda *_: (index(programs), index(programs))):
-            return sparse_grad.sparse_grad(
+        with replaced(rows_grad, programs=lambda *_: (index(programs), index(programs))):
+            return rows_grad.sparse_grad(
                 meta(b, n, dtype=dtype), meta(b, k, dtype=dtype), index(n + 1), meta(nnz, dtype=torch.uint16), index(n)
             )
 
@@ -202,7 +206,7 @@ def sddmm_tiles_case(dtype: torch.dtype, b: int = SIZE, n: int = SIZE, k: int = 
     nnz, words, tiles = round(density * n * k), math.ceil(k / 32), math.ceil(n / 128) * math.ceil(k / 128)
 
     def run() -> object:
-        return sparse_grad.sparse_grad_tiles(
+        return rows_grad.sparse_grad_tiles(
             meta(b, n, dtype=dtype), meta(b, k, dtype=dtype), index(n, words), index(n, words), index(tiles), nnz
         )
 

@@ -50,7 +50,7 @@ would run and why; layers on a GPU decide by the same prediction (initperf/gpu_c
 - dW of masked storage is a product in tiles, which skips tiles without a survivor, applies the mask to the finished tile, and can
   add into a gradient (`into=`). Autograd does not: only .backward() accumulates, and torch.autograd.grad looks the same from inside.
 - Compressed layers run rows (y, dx), rows at survivors (dvalues, float32) and tiles at survivors (dvalues, 16 bits). Decode and
-  blocks have packed forms of their own and are called by hand: kernels/gpu/decode.py, block_matmul.py.
+  blocks have packed forms of their own and are called by hand: kernels/gpu/candidates/decode.py, block_matmul.py.
 
 ## On a GPU
 - `make gpu` runs the tests and the benchmarks on the machine's GPU (CUDA or ROCm) and writes `gpu-run.json`, the one file to send

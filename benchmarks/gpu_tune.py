@@ -14,20 +14,15 @@ from itertools import product
 from typing import Any
 
 import torch
-from initperf.kernels.gpu import (
-    block_matmul,
-    decode,
-    grad_tiles,
-    masked_matmul,
-    pattern,
-    sparse_grad,
-    sparse_matmul,
-    targets,
-)
 
 from benchmarks.gpu_case import replaced
-from initperf.reference import block_matmul as block_reference
-from initperf.reference import sparse_matmul as rows_reference
+from initperf.kernels.gpu import targets
+from initperf.kernels.gpu.candidates import block_matmul, decode
+from initperf.kernels.gpu.linear import masked_linear
+from initperf.kernels.gpu.sparse import grad_tile, index, rows_grad
+from initperf.kernels.gpu.sparse import rows as sparse_matmul
+from initperf.kernels.reference.candidates import block_matmul as block_reference
+from initperf.kernels.reference.sparse import rows as rows_reference
 
 
 @dataclass(frozen=True)
@@ -72,16 +67,16 @@ def choices(device: str, size: int, batch: int) -> Iterator[Choice]:
             f"sparse_matmul {dtype}", sparse_matmul, lambda t, k=bytes_, row=row: row | {k: t}, row[bytes_],
             (64, 128, 256, 512), lambda x=x, v=values: sparse_matmul.sparse_matmul(x, v, *by_rows),
         )  # fmt: skip
-        row = dict(targets.tile(sparse_grad.TILES))
+        row = dict(targets.tile(rows_grad.TILES))
         yield Choice(
-            f"sparse_grad {dtype}", sparse_grad, lambda t, k=bytes_, row=row: row | {k: t}, row[bytes_],
-            list(product((4, 8, 16), (64, 128, 256))), lambda x=x, dy=dy: sparse_grad.sparse_grad(dy, x, *by_rows),
+            f"sparse_grad {dtype}", rows_grad, lambda t, k=bytes_, row=row: row | {k: t}, row[bytes_],
+            list(product((4, 8, 16), (64, 128, 256))), lambda x=x, dy=dy: rows_grad.sparse_grad(dy, x, *by_rows),
         )  # fmt: skip
-        row, bits = dict(targets.tile(grad_tiles.TILES)), pattern.pattern_tensors(mask)
+        row, bits = dict(targets.tile(grad_tile.TILES)), index.pattern_tensors(mask)
         yield Choice(
-            f"masked dw {dtype}", grad_tiles, lambda t, k=bytes_, row=row: row | {k: t}, row[bytes_],
-            [grad_tiles.Tile(*t) for t in product((16, 32, 64), (64, 128), (64, 128), (4, 8), (1, 2, 3, 4))],
-            lambda x=x, dy=dy, bits=bits: masked_matmul.masked_grad_weight(dy, x, mask, bits),
+            f"masked dw {dtype}", grad_tile, lambda t, k=bytes_, row=row: row | {k: t}, row[bytes_],
+            [grad_tile.Tile(*t) for t in product((16, 32, 64), (64, 128), (64, 128), (4, 8), (1, 2, 3, 4))],
+            lambda x=x, dy=dy, bits=bits: masked_linear.masked_grad_weight(dy, x, mask, bits),
         )  # fmt: skip
 
     x, dy = random(batch, size, dtype=torch.bfloat16), random(batch, size, dtype=torch.bfloat16)

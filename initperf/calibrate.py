@@ -24,9 +24,9 @@ from initperf.files import write_atomically
 if not ops.usable("numba"):
     fail("numba, whose kernels are timed: pip install numba", "an installation without", kind=InitPerfImportError)
 
-from initperf.kernels.cpu import masked_matmul, sparse_linear  # noqa: E402
-from initperf.kernels.cpu.pattern import pattern_tensors  # noqa: E402
-from initperf.kernels.cpu.sparse_pattern import sparse_tensors  # noqa: E402
+from initperf.kernels.cpu.linear import masked_linear, sparse_linear  # noqa: E402
+from initperf.kernels.cpu.sparse.compressed_index import sparse_tensors  # noqa: E402
+from initperf.kernels.cpu.sparse.index import pattern_tensors  # noqa: E402
 
 DENSITIES = (0.05, 0.5)
 OTHERS = 8 << 20
@@ -84,16 +84,16 @@ class _Layer:
 
         return {
             "masked_linear": (
-                lambda: masked_matmul.masked_linear(x, w, None, mask, self.pattern, True),
-                lambda: masked_matmul.dense_linear(x, w, None, mask, self.pattern, True),
+                lambda: masked_linear.masked_linear(x, w, None, mask, self.pattern, True),
+                lambda: masked_linear.dense_linear(x, w, None, mask, self.pattern, True),
             ),
             "masked_grad_input": (
-                lambda: masked_matmul.masked_grad_input(x, w, mask, self.pattern, True),
-                lambda: masked_matmul.dense_grad_input(x, w, mask, self.pattern, True),
+                lambda: masked_linear.masked_grad_input(x, w, mask, self.pattern, True),
+                lambda: masked_linear.dense_grad_input(x, w, mask, self.pattern, True),
             ),
             "masked_grad_weight": (
-                lambda: masked_matmul.masked_grad_weight(x, x, mask, self.pattern),
-                lambda: masked_matmul.dense_grad_weight(x, x, mask, self.pattern),
+                lambda: masked_linear.masked_grad_weight(x, x, mask, self.pattern),
+                lambda: masked_linear.dense_grad_weight(x, x, mask, self.pattern),
             ),
             "sparse_linear": (
                 lambda: sparse_linear.sparse_linear(x, values, None, bits, side, self.sparse),

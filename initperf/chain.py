@@ -29,7 +29,7 @@ TRIES = 10
 SPARSEST = 64  # weights for one survivor: rows and column blocks without any take time, too
 SKIPPED = (nn.Identity, nn.Dropout)  # the latter in evaluation
 Part = Callable[[Tensor], Tensor]
-ops.register("sparse_chain", "chain")
+ops.register("sparse_chain", "chain.inference")
 
 
 class SparseSequential(nn.Sequential):
@@ -246,7 +246,7 @@ class _Run:
     def _training_run(self, patterns: list[Pattern], dtype: torch.dtype) -> chain_training.Run | None:
         if not self._may_run(dtype):
             return None
-        from initperf.kernels.cpu.chain_training import TrainingPlan
+        from initperf.kernels.cpu.chain.training import TrainingPlan
 
         shapes = [(m.out_features, m.in_features) for m in self.layers]
         nnz, indices = [p.nnz for p in patterns], [self._index(m) for m in self.layers]
@@ -271,7 +271,7 @@ class _Run:
                 return None
             own = None if bias is None else bias.detach()
             found.append((values.detach(), own, layer.weight_mask, self._index(layer)[:3], relu))
-        from initperf.kernels.cpu.chain import Plan
+        from initperf.kernels.cpu.chain.inference import Plan
 
         return Plan(found)
 

@@ -14,13 +14,13 @@ from initperf.core.torch_private import single_level_apply
 from initperf.pattern import Pattern, version_of
 
 Parameters = Sequence[Tensor | None]  # values and bias or None, layer by layer
-ops.register("sparse_chain_training", "chain_training")
+ops.register("sparse_chain_training", "chain.training")
 
 
 class Run(NamedTuple):
     """What the layers are, but for their parameters."""
 
-    plan: Any  # kernels/cpu/chain_training.py
+    plan: Any  # kernels/cpu/chain/training.py
     shapes: list[tuple[int, int]]  # of the weights
     parameters: Sequence[tuple[int, ...]]  # shapes of values and bias, layer by layer
     relus: list[bool]

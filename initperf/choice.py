@@ -253,8 +253,8 @@ def table_path(threads: int) -> Path:
     """Where the table of this processor, number of threads, torch and kernels lies."""
     if not ops.usable("numba"):
         return Path("no-numba")
-    from initperf.kernels.cpu.jit import CACHE_DIR
-    from initperf.kernels.cpu.target import target
+    from initperf.kernels.cpu.core.jit import CACHE_DIR
+    from initperf.kernels.cpu.core.target import target
 
     what = f"{_processor()} {target()} {threads} {torch.__version__} {CACHE_DIR.name}"
     return CACHE_DIR.parent / f"break-even-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
@@ -291,13 +291,13 @@ def has_avx512() -> bool:
     """Whether kernels are compiled for AVX-512, with which all figures of this package were measured."""
     if not ops.usable("numba"):
         return False
-    from initperf.kernels.cpu.target import has_avx512 as compiled
+    from initperf.kernels.cpu.core.target import has_avx512 as compiled
 
     return compiled()
 
 
 def _own_dense(itemsize: int) -> bool:
-    """Whether our own dense products run on compressed weights (kernels/cpu/dense.py), for elements of 4 bytes."""
+    """Whether our own dense products run on compressed weights (kernels/cpu/dense/products.py), for elements of 4 bytes."""
     return itemsize == 4 and has_avx512()
 
 

@@ -39,6 +39,6 @@ def _kernels(values: Tensor, mask: Tensor) -> ModuleType | None:
         return None
     if values.is_complex() or ops.backend_of("sparse_tensors", "cpu") == "reference":
         return None
-    from initperf.kernels.cpu import sparse_linear
+    from initperf.kernels.cpu.linear import sparse_linear
 
     return sparse_linear

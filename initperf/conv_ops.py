@@ -4,7 +4,7 @@
     initperf::masked_conv2d_grad_input   dx
     initperf::masked_conv2d_grad_weight  dW, at survivors only
 
-Shapes and arguments: initperf/reference/conv.py. The weight is stored dense or as its survivors' values alone.
+Shapes and arguments: kernels/reference/conv/conv2d.py. The weight is stored dense or as its survivors' values alone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from initperf import choice, direct, ops
 from initperf.choice import MOST
+from initperf.kernels.reference.conv import conv2d as reference
+from initperf.kernels.reference.conv.conv2d import Ints
 from initperf.pattern import Pattern, pack_bits
-from initperf.reference import conv as reference
-from initperf.reference.conv import Ints
 
-ops.register("conv_pattern_tensors", "conv")
+ops.register("conv_pattern_tensors", "conv.conv2d")
 
 _DENSE = {"cpu": "onednn", "cuda": "cudnn"}
 _LANES = 16  # images that the sparse kernel computes at once
@@ -142,7 +142,7 @@ _GEOMETRY = "SymInt[] shape, int[] stride, int[] padding, int[] dilation, int gr
 masked_conv2d = ops.define(
     f"masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor survivors, Tensor[] pattern, {_GEOMETRY}, bool premasked)"
     " -> Tensor",
-    module="conv",
+    module="conv.conv2d",
     run=_masked_conv2d,
     fake=lambda x, weight, bias, survivors, pattern, shape, stride, padding, dilation, groups, premasked: x.new_empty(
         x.shape[0], shape[0], *_out_size(x.shape[2:], shape, stride, padding, dilation)
@@ -151,7 +151,7 @@ masked_conv2d = ops.define(
 masked_conv2d_grad_input = ops.define(
     "masked_conv2d_grad_input(Tensor dy, Tensor weight, Tensor survivors, Tensor[] pattern, "
     f"{_GEOMETRY.replace('shape', 'shape, SymInt[] size', 1)}, bool premasked) -> Tensor",
-    module="conv",
+    module="conv.conv2d",
     run=_grad_input,
     fake=lambda dy, weight, survivors, pattern, shape, size, stride, padding, dilation, groups, premasked: dy.new_empty(
         dy.shape[0], shape[1] * groups, *size
@@ -159,7 +159,7 @@ masked_conv2d_grad_input = ops.define(
 )
 masked_conv2d_grad_weight = ops.define(
     f"masked_conv2d_grad_weight(Tensor dy, Tensor x, Tensor survivors, Tensor[] pattern, {_GEOMETRY}) -> Tensor",
-    module="conv",
+    module="conv.conv2d",
     run=_grad_weight,
     fake=lambda dy, x, survivors, pattern, shape, stride, padding, dilation, groups: (
         x.new_empty(shape) if survivors.dtype == torch.bool else x.new_empty(survivors.shape[0], 1)
@@ -192,7 +192,7 @@ def _stored(dw: Tensor, survivors: Tensor) -> Tensor:
     """reference.stored; a mask on the CPU by our kernel."""
     if survivors.dtype != torch.bool or not dw.is_cpu or not dw.is_contiguous():
         return reference.stored(dw, survivors)
-    from initperf.kernels.cpu.masking import zero_pruned
+    from initperf.kernels.cpu.masks.zero_pruned import zero_pruned
 
     return zero_pruned(dw, survivors)
 

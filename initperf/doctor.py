@@ -92,7 +92,7 @@ def _compiled_for() -> str | None:
     """The processor that kernels are compiled for, which NUMBA_CPU_NAME and its like may name."""
     if find_spec("numba") is None:
         return None
-    from initperf.kernels.cpu.target import has_avx512, target
+    from initperf.kernels.cpu.core.target import has_avx512, target
 
     return f"{target()[1]}, {'with' if has_avx512() else 'without'} AVX-512"
 
@@ -129,7 +129,7 @@ def _cache() -> dict[str, Any] | None:
     """Where compiled CPU kernels are kept."""
     if not ops.usable("numba"):
         return None
-    from initperf.kernels.cpu.jit import CACHE_DIR
+    from initperf.kernels.cpu.core.jit import CACHE_DIR
 
     files = [p for p in CACHE_DIR.rglob("*") if p.is_file()] if CACHE_DIR.is_dir() else []
     above = next(p for p in (CACHE_DIR, *CACHE_DIR.parents) if p.exists())

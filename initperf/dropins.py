@@ -210,7 +210,7 @@ def orthogonal_(
     """gain times a random (semi-)orthogonal matrix (Saxe et al. 2013). As torch.nn.init.orthogonal_, with bfloat16 and float16 too.
 
     Q of the QR decomposition of normals, R's diagonal positive, by Householder reflections of one fixed order at every
-    size (kernels/cpu/orthogonal.py), on the CPU whatever the tensor's device. Narrow dtypes are rounded once at the end.
+    size (kernels/cpu/sampling/orthogonal.py), on the CPU whatever the tensor's device. Narrow dtypes are rounded once at the end.
     """
     if not is_plain(tensor):
         return _as_torch(orthogonal_, tensor, seed, gain=gain, generator=generator)

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from initperf import dropins, parametrized, pretrained, rng, schemes
 from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
 from initperf.core.torch_private import DisableTorchFunction
-from initperf.reference.sample_many import unpacked
+from initperf.kernels.reference.sampling.sample_many import unpacked
 from initperf.sampling import check_bits, is_plain, is_sharded
 from initperf.schemes import Init, Place
 

@@ -47,7 +47,7 @@ class Kept:
     def renew(
         self, state: object, source: Tensor, more: Sequence[int], shape: tuple[int, int], index: list[Tensor]
     ) -> Copy:
-        """Begin with a weight in a new state: `source`, and what follows its address in a source of kernels/cpu/survivors.py."""
+        """Begin with a weight in a new state: `source`, and what follows its address in a source of kernels/cpu/sparse/storage.py."""
         self._account()
         found, generation = None, -1
         if self.failures < TRIES and source.is_contiguous() and not source.is_pinned():
@@ -57,7 +57,7 @@ class Kept:
         if found is None or generation < 0:
             made = Copy(state, None, None, 0)
         else:
-            from initperf.kernels.cpu.products import in_order
+            from initperf.kernels.cpu.sparse.many_rows import in_order
 
             values = in_order((source.data_ptr(), *more), shape, source.dtype, index)
             made = Copy(state, values, found, generation)
@@ -110,7 +110,7 @@ def linear(
     kept.calls += 1
     if copy.values is None:
         return None
-    from initperf.kernels.cpu.products import multiply
+    from initperf.kernels.cpu.sparse.many_rows import multiply
 
     ops.CALLS[f"{storage}_linear", "numba-kept"] += 1
     return multiply(x, (copy.values.data_ptr(),), N, bias, *index)

@@ -4,7 +4,7 @@
     initperf::masked_grad_input    dx = dy (W o M)
     initperf::masked_grad_weight   dW = (dy^T x) o M
 
-Shapes and arguments: initperf/reference/masked_matmul.py. Autograd is written by hand: register_autograd costs 45 us a call more.
+Shapes and arguments: kernels/reference/linear/masked_linear.py. Autograd is written by hand: register_autograd costs 45 us a call more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from initperf import direct, ops
 from initperf.choice import sparse_pays
 from initperf.core.torch_private import single_level_apply
-from initperf.reference import masked_matmul as reference
+from initperf.kernels.reference.linear import masked_linear as reference
 
 if TYPE_CHECKING:
     from initperf.pattern import Pattern
@@ -48,7 +48,7 @@ def _dense(name: str, device: str) -> Callable[..., Tensor] | None:
         return None
     if device != "cpu":
         return getattr(reference, name)
-    from initperf.kernels.cpu import masked_matmul
+    from initperf.kernels.cpu.linear import masked_linear as masked_matmul
 
     return getattr(masked_matmul, name.replace("masked", "dense"))
 
@@ -70,7 +70,7 @@ def runs_own(rows: int, mask: Tensor, weight: Tensor) -> bool:
 def _own_dense() -> ModuleType | None:
     if ops.backend_of("masked_linear", "cpu") == "reference":
         return None
-    from initperf.kernels.cpu import dense
+    from initperf.kernels.cpu.dense import products as dense
 
     return dense
 
@@ -116,19 +116,19 @@ def _masked_grad_weight(dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tenso
 
 masked_linear = ops.define(
     "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor mask, Tensor[] pattern, bool premasked) -> Tensor",
-    module="masked_matmul",
+    module="linear.masked_linear",
     run=_masked_linear,
     fake=lambda x, weight, bias, mask, pattern, premasked: x.new_empty(x.shape[0], mask.shape[0]),
 )
 masked_grad_input = ops.define(
     "masked_grad_input(Tensor dy, Tensor weight, Tensor mask, Tensor[] pattern, bool premasked) -> Tensor",
-    module="masked_matmul",
+    module="linear.masked_linear",
     run=_masked_grad_input,
     fake=lambda dy, weight, mask, pattern, premasked: dy.new_empty(dy.shape[0], mask.shape[1]),
 )
 masked_grad_weight = ops.define(
     "masked_grad_weight(Tensor dy, Tensor x, Tensor mask, Tensor[] pattern) -> Tensor",
-    module="masked_matmul",
+    module="linear.masked_linear",
     run=_masked_grad_weight,
     fake=lambda dy, x, mask, pattern: x.new_empty(mask.shape),
 )

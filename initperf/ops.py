@@ -1,7 +1,7 @@
 """The table of ops: torch.library schema -> implementation by device, imported when first called.
 
-An op `x` of module `m` is the function `x` in kernels/cpu/m.py (Numba), kernels/gpu/m.py (Triton) and
-initperf/reference/m.py (plain torch), all with the same signature. The reference runs where a compiler or a kernel is
+An op `x` of module `room.m` is the function `x` in kernels/cpu/room/m.py (Numba), kernels/gpu/room/m.py (Triton) and
+kernels/reference/room/m.py (plain torch), all with the same signature. The reference runs where a compiler or a kernel is
 missing, and on every device but CPUs and CUDA's (CUDA, ROCm): the logger "initperf" then says so, once for each cause.
 """
 
@@ -23,7 +23,7 @@ from initperf.core.extras import installation
 from initperf.core.torch_private import AUTOCAST_KEYS, below_autocast
 
 LIB = torch.library.Library("initperf", "DEF")
-MODULES: dict[str, str] = {}  # op name -> module below kernels/cpu and kernels/gpu
+MODULES: dict[str, str] = {}  # op name -> module below kernels/cpu, gpu and reference
 CALLS: Counter[tuple[str, str]] = Counter()  # (op name, backend) -> calls in this process
 _BACKENDS = {"cpu": ("numba", "initperf.kernels.cpu"), "cuda": ("triton", "initperf.kernels.gpu")}
 # On devices without kernels these run on the CPU, since they count on 64-bit integers and on float64.
@@ -47,7 +47,7 @@ def _failure(compiler: str) -> str:
 
 
 def _missing_instructions() -> str:
-    from initperf.kernels.cpu.target import lacks
+    from initperf.kernels.cpu.core.target import lacks
 
     return lacks()
 
@@ -116,7 +116,7 @@ def implementation(name: str, device_type: str) -> Callable[..., Any]:
         explain(device_type)
         if device_type not in _BACKENDS and name in _EXACT:
             return _on_the_cpu(name)
-    package = "initperf.reference" if backend == "reference" else _BACKENDS[device_type][1]
+    package = "initperf.kernels.reference" if backend == "reference" else _BACKENDS[device_type][1]
     function = getattr(import_module(f"{package}.{MODULES[name]}"), name)
     key = (name, backend)
 
@@ -150,7 +150,7 @@ def _moved(value: Any, device: Any) -> Any:
 def reference(op: Any) -> Callable[..., Any]:
     """The implementation of an OpOverload in plain torch, which every transform of torch knows."""
     name = op.name().split("::")[1]
-    function: Callable[..., Any] = getattr(import_module(f"initperf.reference.{MODULES[name]}"), name)
+    function: Callable[..., Any] = getattr(import_module(f"initperf.kernels.reference.{MODULES[name]}"), name)
     return function
 
 
@@ -159,7 +159,8 @@ def register(name: str, module: str) -> None:
     MODULES[name] = module
 
 
-register("sample_", "sample")  # here, since tickets, masks and data splits call it without initperf.sampling
+# here, since tickets, masks and data splits call it without initperf.sampling
+register("sample_", "sampling.sample")
 
 
 def define(schema: str, *, module: str, fake: Callable[..., Any], run: Callable[..., Any]) -> Any:

@@ -15,12 +15,12 @@ from initperf import direct, ops, sampling
 from initperf.checks import InitPerfRuntimeError, fail
 from initperf.choice import MOST
 from initperf.core.torch_private import function_transform, hook
-from initperf.reference.sample_many import unpacked
+from initperf.kernels.reference.sampling.sample_many import unpacked
 
 _CALLS = ops.CALLS
-ops.register("zero_pruned", "masking")
-ops.register("pattern_tensors", "pattern")
-ops.register("sparse_tensors", "sparse_linear")
+ops.register("zero_pruned", "masks.zero_pruned")
+ops.register("pattern_tensors", "sparse.index")
+ops.register("sparse_tensors", "linear.sparse_linear")
 
 
 # Which product a layer's last input took; its shape and dtype, the bias's shape, and the setting of initperf.choice.
@@ -69,7 +69,7 @@ class Pattern:
     def is_broken_by(self, weight: Tensor) -> bool:
         """Whether a weight on the CPU holds anything but 0 where the mask is False."""
         if _kernel() is not None and weight.is_contiguous():
-            from initperf.kernels.cpu.masking import any_pruned
+            from initperf.kernels.cpu.masks.zero_pruned import any_pruned
 
             return any_pruned(weight, self._content)
         return bool((weight != 0).logical_and_(~self.mask).any())
@@ -176,7 +176,7 @@ def _kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """What masks a gradient in place, if Numba is there."""
     if ops.backend_of("zero_pruned", "cpu") == "reference":
         return None
-    from initperf.kernels.cpu.masking import zero_pruned
+    from initperf.kernels.cpu.masks.zero_pruned import zero_pruned
 
     return zero_pruned
 

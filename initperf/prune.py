@@ -15,9 +15,9 @@ from torch import Tensor
 from initperf import ops, rng
 from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, check_seed, fail
 
-ops.register("kth_smallest", "select")
-ops.register("cut", "select")
-ops.register("sample_", "sample")
+ops.register("kth_smallest", "masks.select")
+ops.register("cut", "masks.select")
+ops.register("sample_", "sampling.sample")
 
 Fraction = float | Mapping[str, float]
 Masks = dict[str, Tensor]

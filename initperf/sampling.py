@@ -16,9 +16,9 @@ from initperf.core.torch_private import dispatch_modes, function_transform, not_
 from initperf.core.torch_private import increment_version as written
 from initperf.rng import Distribution
 
-ops.register("sample_", "sample")
-ops.register("sample_many_", "sample_many")
-ops.register("orthogonal_", "orthogonal")
+ops.register("sample_", "sampling.sample")
+ops.register("sample_many_", "sampling.sample_many")
+ops.register("orthogonal_", "sampling.orthogonal")
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 _DTYPES = frozenset(FLOATS)
@@ -88,7 +88,7 @@ def write_many(
     """Sample into plain tensors of one device with memory of their own, in one pass; nothing is checked.
 
     masks: None, a contiguous bool tensor, or packed bits whose survivors the tensor holds. moments: return float64
-    (2, tensors), mean and variance of what survives. See initperf.reference.sample_many.
+    (2, tensors), mean and variance of what survives. See initperf.kernels.reference.sampling.sample_many.
     """
     op = ops.implementation("sample_many_", tensors[0].device.type)
     result = op(tensors, distributions, streams, seed, masks if any(m is not None for m in masks) else None, moments)

@@ -14,7 +14,11 @@ from initperf import ops, rng
 from initperf.pattern import pack_bits
 
 Check = Callable[[Callable[..., Any], str], list[Tensor]]  # (launcher, device) -> outputs to compare
-_PACKAGES = {"reference": "initperf.reference", "numba": "initperf.kernels.cpu", "triton": "initperf.kernels.gpu"}
+_PACKAGES = {
+    "reference": "initperf.kernels.reference",
+    "numba": "initperf.kernels.cpu",
+    "triton": "initperf.kernels.gpu",
+}
 
 
 def agrees(name: str, backends: dict[str, str]) -> bool | None:

@@ -4,7 +4,7 @@
     initperf::sparse_grad_input    dx      = dy W
     initperf::sparse_grad_values   dvalues = dy^T x at the survivors
 
-Shapes and arguments: initperf/reference/sparse_linear.py. As in initperf/masked_ops.py, autograd is written by hand.
+Shapes and arguments: kernels/reference/linear/sparse_linear.py. As in initperf/masked_ops.py, autograd is written by hand.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def _kernels(device: str) -> ModuleType | None:
     """The module with the dense products of a device; None where the reference runs anyway, and is counted as that."""
     backend = ops.backend_of("sparse_linear", device)
     if backend == "numba":
-        from initperf.kernels.cpu import sparse_linear as cpu
+        from initperf.kernels.cpu.linear import sparse_linear as cpu
 
         return cpu
     if backend == "triton":
-        from initperf.kernels.gpu import sparse_linear as gpu
+        from initperf.kernels.gpu.linear import sparse_linear as gpu
 
         return gpu
     return None
@@ -103,19 +103,19 @@ def _reference_grad_values(dy: Tensor, x: Tensor, bits: Tensor, nnz: int, patter
 
 sparse_linear = ops.define(
     "sparse_linear(Tensor x, Tensor values, Tensor? bias, Tensor bits, int rows, Tensor[] pattern) -> Tensor",
-    module="sparse_linear",
+    module="linear.sparse_linear",
     run=_sparse_linear,
     fake=lambda x, values, bias, bits, rows, pattern: x.new_empty(x.shape[0], rows),
 )
 sparse_grad_input = ops.define(
     "sparse_grad_input(Tensor dy, Tensor values, Tensor bits, int columns, Tensor[] pattern) -> Tensor",
-    module="sparse_linear",
+    module="linear.sparse_linear",
     run=_sparse_grad_input,
     fake=lambda dy, values, bits, columns, pattern: dy.new_empty(dy.shape[0], columns),
 )
 sparse_grad_values = ops.define(
     "sparse_grad_values(Tensor dy, Tensor x, Tensor bits, int nnz, Tensor[] pattern) -> Tensor",
-    module="sparse_linear",
+    module="linear.sparse_linear",
     run=_sparse_grad_values,
     fake=lambda dy, x, bits, nnz, pattern: x.new_empty(nnz, 1),
 )

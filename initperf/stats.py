@@ -12,7 +12,7 @@ from . import ops
 from .checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_float_tensor, fail
 from .memory_views import memory_views, reduced_dims
 
-ops.register("moments", module="moments")
+ops.register("moments", module="moments.moments")
 
 SCALAR = torch.Size()
 _MEAN, _VAR, _SKEW, _KURTOSIS, _MIN, _MAX, _ZEROS, _M2, _M3, _M4, _COUNT, _NONFINITE = range(12)

@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from initperf.kernels.gpu import decode, sample, sparse_matmul
-
 from benchmarks import gpu_static
 from benchmarks.aot import changed
 from benchmarks.gpu_case import BF16, F32, Case, replaced
 from benchmarks.gpu_cases import sample_case
 from benchmarks.gpu_products import decode_case, spmm_case
+from initperf.kernels.gpu.candidates import decode
+from initperf.kernels.gpu.sampling import sample
+from initperf.kernels.gpu.sparse import rows as sparse_matmul
 
 
 class With:

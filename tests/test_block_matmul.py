@@ -5,10 +5,10 @@ import torch
 from gpu_memory import apart, checked_memory, far_away, virtual
 from tolerance import assert_close_to_exact, bits, linear, product
 
-from initperf.reference import block_matmul as reference
+from initperf.kernels.reference.candidates import block_matmul as reference
 
 pytest.importorskip("triton")
-from initperf.kernels.gpu import block_matmul as gpu  # noqa: E402
+from initperf.kernels.gpu.candidates import block_matmul as gpu  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(checked_memory.__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,8 +19,8 @@ from initperf import SparseLinear, SparseSequential, choice, ops, sparsify
 from initperf.choice import prefer
 
 pytest.importorskip("numba")
-from initperf.kernels.cpu import chain_training as kernels  # noqa: E402
-from initperf.kernels.cpu.sparse_pattern import sparse_tensors  # noqa: E402
+from initperf.kernels.cpu.chain import training as kernels  # noqa: E402
+from initperf.kernels.cpu.sparse.compressed_index import sparse_tensors  # noqa: E402
 
 COUNTS = ("sparse_chain_training", "numba"), ("sparse_chain_backward", "numba")
 

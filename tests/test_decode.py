@@ -5,10 +5,10 @@ import torch
 from gpu_memory import checked_memory, far_away
 from tolerance import assert_close_to_exact, bits, linear
 
-from initperf.reference import decode as reference
+from initperf.kernels.reference.candidates import decode as reference
 
 pytest.importorskip("triton")
-from initperf.kernels.gpu import decode as gpu  # noqa: E402
+from initperf.kernels.gpu.candidates import decode as gpu  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(checked_memory.__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 from forks import assert_same_in_a_forked_child, needs_fork
-from initperf.kernels.cpu.team import NO_TEAM
 from tolerance import assert_close_to_exact, assert_near, bits, linear, of_linear, of_squares, product, sums
 from torch import nn
 from walls import before_a_wall
@@ -15,10 +14,11 @@ from walls import before_a_wall
 from initperf import SparseLinear, choice, ops
 from initperf.checks import InitPerfError
 from initperf.choice import prefer
+from initperf.kernels.cpu.core.team import NO_TEAM
 from initperf.masked import MaskedLinear
 from initperf.pattern import pack_bits
 
-own = pytest.importorskip("initperf.kernels.cpu.dense", exc_type=ImportError)
+own = pytest.importorskip("initperf.kernels.cpu.dense.products", exc_type=ImportError)
 
 pytestmark = pytest.mark.skipif(not own._WIDE, reason="our own dense products need AVX-512")
 SHAPES = [  # batch rows, outputs, inputs: few rows, then many; lone rows and columns, and sizes around those of blocks

@@ -11,7 +11,9 @@ from tolerance import bits
 
 from initperf import choice, ops, rng
 from initperf.core.precision import in_float64, widest
-from initperf.reference import moments, orthogonal, sample, sample_many, select
+from initperf.kernels.reference.masks import select
+from initperf.kernels.reference.moments import moments
+from initperf.kernels.reference.sampling import orthogonal, sample, sample_many
 
 HERE = Path(__file__).parent
 

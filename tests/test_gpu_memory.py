@@ -7,10 +7,12 @@ from gpu_memory import LastProgram, apart, checked_memory, virtual
 from tolerance import bits
 
 from initperf import rng
-from initperf.reference.sample import sample_ as definition
+from initperf.kernels.reference.sampling.sample import sample_ as definition
 
 pytest.importorskip("triton")
-from initperf.kernels.gpu import moments, sample, sample_many, select  # noqa: E402
+from initperf.kernels.gpu.masks import select  # noqa: E402
+from initperf.kernels.gpu.moments import moments  # noqa: E402
+from initperf.kernels.gpu.sampling import sample, sample_many  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(checked_memory.__name__)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

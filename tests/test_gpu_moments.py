@@ -7,9 +7,8 @@ import pytest
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from initperf.kernels.gpu.moments import TILES  # noqa: E402
-
 from benchmarks.gpu_case import MAIN  # noqa: E402
+from initperf.kernels.gpu.moments.moments import TILES  # noqa: E402
 
 LIST, COLUMNS = "a list of 150", "float32, a channel"
 

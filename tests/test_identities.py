@@ -19,9 +19,9 @@ N = 1 << 16
 WITHIN = 6 / math.sqrt(N)  # six standard errors of a mean of unit variance
 
 BACKENDS = {
-    "kernels.cpu": "initperf.kernels.cpu.moments",
-    "kernels.gpu": "initperf.kernels.gpu.moments",
-    "reference": "initperf.reference.moments",
+    "kernels.cpu": "initperf.kernels.cpu.moments.moments",
+    "kernels.gpu": "initperf.kernels.gpu.moments.moments",
+    "reference": "initperf.kernels.reference.moments.moments",
 }
 seeds = st.integers(0, 2**32)
 numbers = st.floats(-100, 100)

@@ -99,7 +99,7 @@ def test_kernels_leave_torchs_number_of_threads_alone():
 def test_the_cache_of_compiled_kernels_is_keyed_by_every_file_they_are_made_of():
     """In folders of any depth: a file that is left out gives stale kernels."""
     pytest.importorskip("numba")
-    from initperf.kernels.cpu import jit
+    from initperf.kernels.cpu.core import jit
 
     root = Path(kernels.__path__[0])
     files = {root / "contract.py", *(root / "cpu").rglob("*.py")}

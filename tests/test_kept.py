@@ -8,14 +8,14 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from initperf.kernels.cpu import few_rows, products
-from initperf.kernels.cpu.pattern import pattern_tensors
-from initperf.kernels.cpu.sparse_pattern import sparse_tensors
 from test_overwritten import WRITES
 from tolerance import assert_close_to_exact, bits, linear, product
 from torch.nn.utils import parametrize
 
 from initperf import MaskedLinear, SparseLinear, choice, densify, kept, ops
+from initperf.kernels.cpu.sparse import few_rows, many_rows
+from initperf.kernels.cpu.sparse.compressed_index import sparse_tensors
+from initperf.kernels.cpu.sparse.index import pattern_tensors
 from initperf.pattern import pack_bits
 from initperf.write_watch import why_not
 
@@ -80,15 +80,15 @@ def test_large_products_have_the_same_bits_for_any_number_of_threads(monkeypatch
     mask = torch.rand(1100, 1300) < 0.3
     index = pattern_tensors(mask)[:2]
     before, in_parallel = torch.get_num_threads(), []
-    found, real = [], products.among
-    monkeypatch.setattr(products, "among", lambda workers: in_parallel.append(workers) or real(workers))
+    found, real = [], many_rows.among
+    monkeypatch.setattr(many_rows, "among", lambda workers: in_parallel.append(workers) or real(workers))
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
-            values = products.in_order((weight.data_ptr(), *weight.stride()), mask.shape, weight.dtype, index)
+            values = many_rows.in_order((weight.data_ptr(), *weight.stride()), mask.shape, weight.dtype, index)
             for rows in (1, 2, 9):
                 x = torch.arange(rows * 1300).remainder(13).float().view(rows, 1300)
-                found.append(products.multiply(x, (values.data_ptr(),), 1100, None, *index))
+                found.append(many_rows.multiply(x, (values.data_ptr(),), 1100, None, *index))
         finally:
             torch.set_num_threads(before)
     assert 2 in in_parallel or os.cpu_count() == 1
@@ -109,9 +109,9 @@ def test_an_ordered_source_has_the_bits_of_the_others(rows):
     units, columns, starts = sparse_tensors(mask)[:3]
     sources = [(weight.data_ptr(), *weight.stride()), (values.data_ptr(), starts.data_ptr(), values.numel(), 0)]
     for source in sources:
-        ordered = products.in_order(source, (300, 500), torch.float32, [units, columns])
-        one = products.multiply(x, source, 300, None, units, columns)
-        other = products.multiply(x, (ordered.data_ptr(),), 300, None, units, columns)
+        ordered = many_rows.in_order(source, (300, 500), torch.float32, [units, columns])
+        one = many_rows.multiply(x, source, 300, None, units, columns)
+        other = many_rows.multiply(x, (ordered.data_ptr(),), 300, None, units, columns)
         assert torch.equal(bits(one), bits(other))
 
 
@@ -123,7 +123,7 @@ def test_every_slot_holds_its_weight(dtype, shape, density):
     weight = torch.randn(shape).to(dtype)
     units, columns = (t.numpy() for t in pattern_tensors(mask)[:2])
     index = [torch.from_numpy(units), torch.from_numpy(columns)]
-    values = products.in_order((weight.data_ptr(), *weight.stride()), shape, dtype, index)
+    values = many_rows.in_order((weight.data_ptr(), *weight.stride()), shape, dtype, index)
     assert values.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     panels, blocks, per_panel, _ = units.shape
     block = 128 if blocks == -(-shape[1] // 128) else 256
@@ -353,16 +353,16 @@ def test_inference_mode_and_other_shapes_of_input(kind):
 
 @watches
 def test_a_write_during_the_copy(monkeypatch):
-    layer, real = made(MaskedLinear), products.in_order
+    layer, real = made(MaskedLinear), many_rows.in_order
 
     def then_written(*where):
         values = real(*where)
         survivor_by_data(layer.weight)
         return values
 
-    monkeypatch.setattr(products, "in_order", then_written)
+    monkeypatch.setattr(many_rows, "in_order", then_written)
     counted(layer, torch.randn(1, 300))
-    monkeypatch.setattr(products, "in_order", real)
+    monkeypatch.setattr(many_rows, "in_order", real)
     check(layer)
 
 
@@ -492,11 +492,11 @@ def test_conversions_forget():
 def test_few_rows_and_more_have_kernels_of_their_own(monkeypatch):
     mask = torch.rand(70, 300) < 0.3
     weight, index = torch.randn(70, 300), pattern_tensors(mask)[:2]
-    values = products.in_order((weight.data_ptr(), *weight.stride()), (70, 300), torch.float32, index)
-    called, real = [], products.call_few
-    monkeypatch.setattr(products, "call_few", lambda *about: called.append(len(about[1])) or real(*about))
+    values = many_rows.in_order((weight.data_ptr(), *weight.stride()), (70, 300), torch.float32, index)
+    called, real = [], many_rows.call_few
+    monkeypatch.setattr(many_rows, "call_few", lambda *about: called.append(len(about[1])) or real(*about))
     for rows in (1, 2, 3, 4):
-        products.multiply(torch.randn(rows, 300), (values.data_ptr(),), 70, None, *index)
+        many_rows.multiply(torch.randn(rows, 300), (values.data_ptr(),), 70, None, *index)
     assert called == [1, 2]
 
 

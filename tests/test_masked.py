@@ -651,7 +651,7 @@ def test_the_gradient_of_every_dtype_and_size_is_masked_in_place(dtype, shape):
 @pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 1000, (1 << 18) + 5, (1 << 22) + 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_zero_pruned(size, dtype):
-    from initperf.kernels.cpu.masking import zero_pruned
+    from initperf.kernels.cpu.masks.zero_pruned import zero_pruned
 
     mask, whole = torch.rand(size) < 0.5, torch.randn(size + 2).to(dtype)
     whole[:] = torch.where(whole == 0, 1, whole)

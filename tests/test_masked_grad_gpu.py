@@ -6,8 +6,9 @@ from gpu_memory import apart, checked_memory, nan_around, virtual
 from tolerance import assert_close_to_exact, bits, product
 
 pytest.importorskip("triton")
-from initperf.kernels.gpu import grad_tiles, pattern  # noqa: E402
-from initperf.kernels.gpu import masked_matmul as gpu  # noqa: E402
+from initperf.kernels.gpu.linear import masked_linear as gpu  # noqa: E402
+from initperf.kernels.gpu.sparse import grad_tile  # noqa: E402
+from initperf.kernels.gpu.sparse import index as pattern
 
 pytestmark = pytest.mark.usefixtures(checked_memory.__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -152,7 +153,7 @@ def test_the_other_two_products_are_torchs_own_with_the_masked_weight(premasked,
     assert torch.equal(gpu.masked_grad_input(dy, given, mask, index, premasked), dy @ masked)
 
 
-@pytest.mark.parametrize("target", grad_tiles.TILES)
+@pytest.mark.parametrize("target", grad_tile.TILES)
 def test_every_tile_divides_those_of_the_list(target):
-    for _, rows, columns, _, _ in grad_tiles.TILES[target].values():
+    for _, rows, columns, _, _ in grad_tile.TILES[target].values():
         assert pattern.TILE % rows == pattern.TILE % columns == columns % 32 == 0

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tolerance import assert_close_to_exact, bits, linear, product
 
 from initperf import choice, masked_ops
+from initperf.kernels.reference.linear import masked_linear as reference
 from initperf.pattern import SparsePattern
-from initperf.reference import masked_matmul as reference
 
 SHAPES = [  # B, K, N
     (60, 300, 100),
@@ -50,15 +50,15 @@ def check_products(module, x, dy, weight, bias, mask, pattern, premasked=True):
 
 def numba():
     pytest.importorskip("numba")
-    return import_module("initperf.kernels.cpu.masked_matmul"), import_module(
-        "initperf.kernels.cpu.pattern"
+    return import_module("initperf.kernels.cpu.linear.masked_linear"), import_module(
+        "initperf.kernels.cpu.sparse.index"
     ).pattern_tensors
 
 
 def triton():
     pytest.importorskip("triton")
-    return import_module("initperf.kernels.gpu.masked_matmul"), import_module(
-        "initperf.kernels.gpu.pattern"
+    return import_module("initperf.kernels.gpu.linear.masked_linear"), import_module(
+        "initperf.kernels.gpu.sparse.index"
     ).pattern_tensors
 
 
@@ -257,7 +257,7 @@ def test_the_dense_weight_gradient_is_masked_to_exact_zeros_whatever_it_held(dty
 
 def test_the_memory_of_a_large_gradient_is_used_again_only_when_free_and_goes_with_the_mask():
     numba()
-    memory = import_module("initperf.kernels.cpu.memory")
+    memory = import_module("initperf.kernels.cpu.core.memory")
     torch.use_deterministic_algorithms(False)
     mask, shape = torch.ones(1), (memory.LARGE // 4, 1)
     first = memory.gradient_memory(mask, shape, torch.float32)

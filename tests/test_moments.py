@@ -12,11 +12,11 @@ import torch
 from forks import assert_same_in_a_forked_child, needs_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from initperf.kernels.cpu import moments as cpu
-from initperf.kernels.cpu.team import NO_TEAM, team
 from tolerance import Result, assert_close_to_exact, bits, sums
 
 from initperf.checks import InitPerfError
+from initperf.kernels.cpu.core.team import NO_TEAM, team
+from initperf.kernels.cpu.moments import moments as cpu
 from initperf.stats import Moments, moments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -24,9 +24,9 @@ LAUNCHERS = ["cpu", "gpu", "reference"]
 U = 2.0**-53
 
 MODULES = {
-    "reference": "initperf.reference.moments",
-    "cpu": "initperf.kernels.cpu.moments",
-    "gpu": "initperf.kernels.gpu.moments",
+    "reference": "initperf.kernels.reference.moments.moments",
+    "cpu": "initperf.kernels.cpu.moments.moments",
+    "gpu": "initperf.kernels.gpu.moments.moments",
 }
 
 
@@ -446,7 +446,7 @@ def test_the_reference_shape_argument_is_that_of_the_kernels():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gpu_merges_tiles_and_chunks_exactly(dtype, gpu_device):
-    gpu = pytest.importorskip("initperf.kernels.gpu.moments")
+    gpu = pytest.importorskip("initperf.kernels.gpu.moments.moments")
     for kind in ("shifted", "non-finite"):
         x = values(kind, (gpu.TILES[0]["tiles"] + 3) * gpu.TILES[0]["rows"] + 77, dtype)
         assert_exact(launch("gpu", [x], [flat(x)]), x, "gpu")

@@ -20,7 +20,7 @@ LOCATE = """
 import importlib.util, initperf, initperf.kernels.cpu as cpu
 print(initperf.__file__)
 print(cpu.__file__)
-print(importlib.util.find_spec("initperf.kernels.cpu.jit").origin)
+print(importlib.util.find_spec("initperf.kernels.cpu.core.jit").origin)
 print(importlib.util.find_spec("kernels"))
 """
 IMPORT_ALL = """
@@ -88,7 +88,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel, clone):
 def test_the_wheel_holds_the_device_code_itself(wheel, clone):
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read(STAND_IN) == (clone / "kernels/__init__.py").read_bytes()
-        assert "initperf/kernels/cpu/jit.py" in archive.namelist()
+        assert "initperf/kernels/cpu/core/jit.py" in archive.namelist()
 
 
 def test_the_wheel_claims_no_other_top_level_name(wheel):
@@ -147,7 +147,7 @@ def test_the_installed_wheel_finds_its_kernels_inside_itself(wheel, environment,
     assert site.name == "site-packages"
     assert tmp_path in site.parents
     assert Path(cpu) == site / "initperf/kernels/cpu/__init__.py"
-    assert Path(jit) == site / "initperf/kernels/cpu/jit.py"
+    assert Path(jit) == site / "initperf/kernels/cpu/core/jit.py"
     assert top == "None"
     assert run(environment.parent / "initperf", "--version", cwd=tmp_path).startswith("initperf ")
 
@@ -159,11 +159,11 @@ def test_an_editable_install_finds_the_kernels_of_the_source_tree(clone, environ
     package, cpu, jit, _ = run(environment, "-c", LOCATE, cwd=tmp_path).split("\n")[:4]
     assert Path(package) == source / "initperf/__init__.py"
     assert Path(cpu) == source / "kernels/cpu/__init__.py"
-    assert Path(jit) == source / "kernels/cpu/jit.py"
+    assert Path(jit) == source / "kernels/cpu/core/jit.py"
 
 
 def test_a_plain_clone_works_uninstalled_from_its_root(clone, environment):
     package, cpu, jit, _ = run(environment, "-c", LOCATE, cwd=clone, PYTHONDONTWRITEBYTECODE="1").split("\n")[:4]
     assert Path(package) == clone / "initperf/__init__.py"
     assert Path(cpu) == clone / "kernels/cpu/__init__.py"
-    assert Path(jit) == clone / "kernels/cpu/jit.py"
+    assert Path(jit) == clone / "kernels/cpu/core/jit.py"

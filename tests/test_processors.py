@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), r
 
 HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}  # AVX2, FMA, F16C
 IVY_BRIDGE = {"NUMBA_CPU_NAME": "ivybridge", "NUMBA_CPU_FEATURES": ""}  # no FMA
-INSTRUCTIONS = "from initperf.kernels.cpu.target import has_avx512, lacks; print(has_avx512(), lacks())"
+INSTRUCTIONS = "from initperf.kernels.cpu.core.target import has_avx512, lacks; print(has_avx512(), lacks())"
 
 
 def start(code: str, **environment: str) -> subprocess.Popen[str]:
@@ -88,7 +88,7 @@ def test_a_processor_without_fma_runs_plain_torch_to_the_same_bits_and_is_told_s
 
 COMPILED = """
 import torch
-from initperf.kernels.cpu import masking
+from initperf.kernels.cpu.masks import zero_pruned as masking
 t, mask = torch.arange(1., 41.), torch.arange(40) % 3 == 0
 assert torch.equal(masking.zero_pruned(t.clone(), mask), torch.where(mask, t, 0))
 stats = masking._zero_pruned.stats

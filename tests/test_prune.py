@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from initperf import ops, prune
 from initperf.checks import InitPerfError
-from initperf.reference import select as reference
+from initperf.kernels.reference.masks import select as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -45,7 +45,7 @@ def check_equal_to_reference(module, values, alive):
 @pytest.mark.parametrize("sizes", [(0,), (1,), (1023, 0, 1025), (700, 150_001, 150_000)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_numba_selection_equals_the_reference(dtype, sizes, masked, monkeypatch):
-    from initperf.kernels.cpu import select
+    from initperf.kernels.cpu.masks import select
 
     monkeypatch.setattr(select, "SERIAL", 100_000)  # so that the largest case runs on threads, with long digits
     check_equal_to_reference(select, values_of(dtype, sizes), alive_of(sizes) if masked else None)
@@ -54,7 +54,7 @@ def test_the_numba_selection_equals_the_reference(dtype, sizes, masked, monkeypa
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int32], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_triton_selection_equals_the_reference(dtype, masked, gpu_device):
-    from initperf.kernels.gpu import select
+    from initperf.kernels.gpu.masks import select
 
     sizes = (3, 0, 4097)
     values = [v.to(gpu_device) for v in values_of(dtype, sizes)]
@@ -62,7 +62,7 @@ def test_the_triton_selection_equals_the_reference(dtype, masked, gpu_device):
 
 
 def test_threads_do_not_change_the_masks(monkeypatch):
-    from initperf.kernels.cpu import select
+    from initperf.kernels.cpu.masks import select
 
     monkeypatch.setattr(select, "SERIAL", 1000)
     sizes = (200_000, 300_000, 7)
@@ -164,7 +164,7 @@ def test_nan_in_a_survivor_raises_and_changes_nothing(dtype):
 
 def test_random_masks_follow_the_word_order_of_the_contract():
     from initperf import rng
-    from initperf.reference.sample import sample_
+    from initperf.kernels.reference.sampling.sample import sample_
 
     words = sample_(torch.empty(500, dtype=torch.int32), rng.BITS, (), 9, rng.stream_of("fc.weight#select"))
     order = torch.sort(words.long() & 0xFFFFFFFF, stable=True).indices

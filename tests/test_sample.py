@@ -11,19 +11,19 @@ import triton.language as tl
 from forks import assert_same_in_a_forked_child, needs_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from initperf.kernels.cpu import jit
-from initperf.kernels.cpu.philox import tile_words
-from initperf.kernels.cpu.sample import sample_ as cpu_sample_
-from initperf.kernels.gpu.philox import philox as gpu_philox
-from initperf.kernels.gpu.sample import sample_ as gpu_sample_
 from scipy import special, stats
 from test_rng import KNOWN
 from tolerance import bits
 
 from initperf import rng
-from initperf.reference.sample import _log, fma
-from initperf.reference.sample import philox as reference_philox
-from initperf.reference.sample import sample_ as reference_sample_
+from initperf.kernels.cpu.core import jit
+from initperf.kernels.cpu.sampling.philox import tile_words
+from initperf.kernels.cpu.sampling.sample import sample_ as cpu_sample_
+from initperf.kernels.gpu.sampling.philox import philox as gpu_philox
+from initperf.kernels.gpu.sampling.sample import sample_ as gpu_sample_
+from initperf.kernels.reference.sampling.sample import _log, fma
+from initperf.kernels.reference.sampling.sample import philox as reference_philox
+from initperf.kernels.reference.sampling.sample import sample_ as reference_sample_
 
 INF = math.inf
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -239,8 +239,8 @@ def test_normal_values_written_past_the_caches_are_the_same(n, monkeypatch):
     whole, wanted = torch.full((n + 32,), 7.0), torch.full((n + 32,), 7.0)
     kind, params = rng.normal(0.5, 2)
     cpu_sample_(wanted[16:-16], kind, params, 5, 2**63 + 3)
-    monkeypatch.setattr("initperf.kernels.cpu.sample._LARGE", 0)
-    monkeypatch.setattr("initperf.kernels.cpu.sample_many._LARGE", 0)
+    monkeypatch.setattr("initperf.kernels.cpu.sampling.sample._LARGE", 0)
+    monkeypatch.setattr("initperf.kernels.cpu.sampling.sample_many._LARGE", 0)
     cpu_sample_(whole[16:-16], kind, params, 5, 2**63 + 3)
     assert torch.equal(bits(whole), bits(wanted))
 
@@ -249,8 +249,8 @@ def test_normal_values_written_past_the_caches_are_the_same(n, monkeypatch):
 def test_a_shard_is_not_taken_for_a_whole_because_it_is_large(offset, run, stride, monkeypatch):
     d = rng.normal(0.5, 2)
     wanted = filled(cpu_sample_, 5000, torch.float32, d, 5, 3, offset, run, stride)
-    monkeypatch.setattr("initperf.kernels.cpu.sample._LARGE", 0)
-    monkeypatch.setattr("initperf.kernels.cpu.sample_many._LARGE", 0)
+    monkeypatch.setattr("initperf.kernels.cpu.sampling.sample._LARGE", 0)
+    monkeypatch.setattr("initperf.kernels.cpu.sampling.sample_many._LARGE", 0)
     assert_same_bits(filled(cpu_sample_, 5000, torch.float32, d, 5, 3, offset, run, stride), wanted)
 
 

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from forks import assert_same_in_a_forked_child, needs_fork
-from initperf.kernels.cpu import sample_many
-from initperf.kernels.cpu.sample import sample_ as cpu_sample_
-from initperf.kernels.cpu.sample_many import sample_many_ as cpu_sample_many_
-from initperf.kernels.gpu.sample_many import sample_many_ as gpu_sample_many_
 from test_sample import FLOATS, assert_same_bits, distributions
 from tolerance import bits
 
 from initperf import rng
 from initperf.checks import InitPerfError
 from initperf.init import sample_into, sample_survivors_into
-from initperf.reference.sample_many import sample_many_ as reference_sample_many_
-from initperf.reference.sample_many import unpacked
+from initperf.kernels.cpu.sampling import sample_many
+from initperf.kernels.cpu.sampling.sample import sample_ as cpu_sample_
+from initperf.kernels.cpu.sampling.sample_many import sample_many_ as cpu_sample_many_
+from initperf.kernels.gpu.sampling.sample_many import sample_many_ as gpu_sample_many_
+from initperf.kernels.reference.sampling.sample_many import sample_many_ as reference_sample_many_
+from initperf.kernels.reference.sampling.sample_many import unpacked
 from initperf.sampling import bits_set, pack_bits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,11 @@ def device_of(sample_many_, gpu_device):
 def run(sample_many_, rows, masks=None, moments=False, device="cpu", lengths=None, shift=0):
     """The tensors, each in memory of its own that begins `shift` elements behind an aligned place; that around it is untouched."""
     guard = 64
-    memory = [torch.full((shift + (n if lengths is None else lengths[i]) + guard,), 7, dtype=t, device=device) for i, (t, _, n, _) in enumerate(rows)]  # fmt: skip
+    # fmt: skip
+    memory = [
+        torch.full((shift + (n if lengths is None else lengths[i]) + guard,), 7, dtype=t, device=device)
+        for i, (t, _, n, _) in enumerate(rows)
+    ]
     outs = [m[shift : len(m) - guard] for m in memory]
     masks = None if masks is None else [m if m is None else m.to(device) for m in masks]
     found = sample_many_(outs, [tuple(d) for _, d, _, _ in rows], [s for *_, s in rows], SEED, masks, moments)
@@ -86,7 +90,11 @@ def test_a_list_gets_the_bits_of_sample_called_tensor_by_tensor(sample_many_, sh
 @IMPLEMENTATIONS
 def test_masks_leave_zeros_and_nothing_else_changes(sample_many_, gpu_device):
     rows = listed((5, 4096, 5001))
-    masks = [[half(n, i), torch.zeros(n, dtype=torch.bool), torch.ones(n, dtype=torch.bool), None][i % 4] for i, (_, _, n, _) in enumerate(rows)]  # fmt: skip
+    # fmt: skip
+    masks = [
+        [half(n, i), torch.zeros(n, dtype=torch.bool), torch.ones(n, dtype=torch.bool), None][i % 4]
+        for i, (_, _, n, _) in enumerate(rows)
+    ]
     outs, _ = run(sample_many_, rows, masks, device=device_of(sample_many_, gpu_device))
     for out, row, mask in zip(outs, rows, masks, strict=True):
         dense = alone(*row)
@@ -264,7 +272,15 @@ def test_what_does_not_fit_survivors_is_refused_and_nothing_is_touched():
         given = {"values": torch.ones(nnz), "distribution": normal, "mask": mask, "seed": 1, "stream": 0} | change
         before = given["values"].clone()
         with pytest.raises(InitPerfError, match=message):
-            sample_survivors_into(given["values"], given["distribution"], given["mask"], (3, 5), seed=given["seed"], stream=given["stream"])  # fmt: skip
+            # fmt: skip
+            sample_survivors_into(
+                given["values"],
+                given["distribution"],
+                given["mask"],
+                (3, 5),
+                seed=given["seed"],
+                stream=given["stream"],
+            )
         assert torch.equal(before, given["values"])
 
 
@@ -274,9 +290,8 @@ BANNED = re.compile(
 
 
 def facts(target):
-    from initperf.kernels.gpu import sample_many as on_gpu
-
     from benchmarks.aot import capture
+    from initperf.kernels.gpu.sampling import sample_many as on_gpu
 
     on_gpu._WARP = 2 if target.startswith("gfx") else 1
     lists = [[torch.empty(n, device="meta", dtype=t) for t in FLOATS] for n in (4096, 5001)]

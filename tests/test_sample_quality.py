@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from initperf.kernels.cpu.sample import sample_
 from scipy import special, stats
 
 from initperf import rng
-from initperf.reference.sample import _log, sqrt
+from initperf.kernels.cpu.sampling.sample import sample_
+from initperf.kernels.reference.sampling.sample import _log, sqrt
 
 pytestmark = pytest.mark.slow
 N = 10**7

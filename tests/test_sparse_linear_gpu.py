@@ -5,11 +5,11 @@ import torch
 from gpu_memory import checked_memory
 from tolerance import assert_close_to_exact, linear, product
 
+from initperf.kernels.reference.linear import sparse_linear as reference
 from initperf.pattern import pack_bits
-from initperf.reference import sparse_linear as reference
 
 pytest.importorskip("triton")
-from initperf.kernels.gpu import sparse_linear as gpu  # noqa: E402
+from initperf.kernels.gpu.linear import sparse_linear as gpu  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(checked_memory.__name__)
 

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close_to_exact, bits, linear, product
 
-from initperf.reference import sparse_matmul as reference
+from initperf.kernels.reference.sparse import rows as reference
 
 pytest.importorskip("triton")
-from initperf.kernels.gpu import pattern  # noqa: E402
-from initperf.kernels.gpu import sparse_grad as gpu_grad  # noqa: E402
-from initperf.kernels.gpu import sparse_matmul as gpu  # noqa: E402
+from initperf.kernels.gpu.sparse import index as pattern  # noqa: E402
+from initperf.kernels.gpu.sparse import rows as gpu  # noqa: E402
+from initperf.kernels.gpu.sparse import rows_grad as gpu_grad  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures(checked_memory.__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

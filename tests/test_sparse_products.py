@@ -6,11 +6,11 @@ import pytest
 import torch
 from tolerance import assert_close_to_exact, bits, linear, product
 
+from initperf.kernels.reference.linear import sparse_linear as reference
 from initperf.pattern import pack_bits
-from initperf.reference import sparse_linear as reference
 
 pytest.importorskip("numba")
-kernels = import_module("initperf.kernels.cpu.sparse_linear")
+kernels = import_module("initperf.kernels.cpu.linear.sparse_linear")
 
 SHAPES = [  # N, K, density; blocks of 256 columns below density 0.05
     (1, 1, 1.0),

@@ -1,1 +1,1 @@
-"""Numba kernels. Every launcher takes torch CPU tensors and has the signature of its namesake in initperf/reference."""
+"""Numba kernels. Every launcher takes torch CPU tensors and has the signature of its namesake in kernels/reference."""

@@ -1,11 +1,18 @@
-"""The gradients of a run of small sparse layers, on the tiles that its forward pass left (kernels/cpu/chain_training.py)."""
+"""The gradients of a run of small sparse layers, on the tiles that its forward pass left (kernels/cpu/chain/training.py)."""
 
 from __future__ import annotations
 
 import numpy as np
 from numba import carray, int32
 
-from .chain_layers import (
+from ..core.jit import jit
+from ..core.scalars import pointer
+from ..core.shares import ME, on_threads, part_of
+from ..core.vectors import LANES, ROWS, compute_pointer, correlate_unit, load, shifted, storage_pointer, store
+from ..sparse.index import PANEL
+from ..sparse.storage import PLACES, STARTS, begin_rows, leave, take_places
+from ..sparse.tiles import ZERO, pack, unpack
+from .layer import (
     BYTES,
     FIRST_SURVIVORS,
     GRAD_BIAS,
@@ -26,13 +33,6 @@ from .chain_layers import (
     multiply_units,
     rows_of,
 )
-from .jit import jit
-from .pattern import PANEL
-from .shares import ME, on_threads, part_of
-from .spmm_ir import LANES, ROWS, compute_pointer, correlate_unit, load, shifted, storage_pointer, store
-from .survivors import PLACES, STARTS, begin_rows, leave, take_places
-from .tiles import ZERO, pack, unpack
-from .vector import pointer
 
 # The transposed index, where a layer's tiles begin in a part's (in lines), and likewise those of their gradients.
 _PANELS_T, _BLOCKS_T, _PER_PANEL_T, _UNITS_T, _COLUMNS_T, _PLACES_T, _SLOTS_T = range(OTHERS, OTHERS + 7)

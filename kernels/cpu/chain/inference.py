@@ -2,7 +2,7 @@
 
 Small layers are bound by what surrounds their product: Python, packing, reordering weights. Here activations stay in the
 second-level cache between layers, and the weights are kept in the order that each kernel reads: with a few batch rows in
-the slices of kernels/cpu/slices.py, with more in the units of kernels/cpu/pattern.py. Both orders are made from a copy of the values, and every call compares
+the slices of kernels/cpu/chain/slices.py, with more in the units of kernels/cpu/sparse/index.py. Both orders are made from a copy of the values, and every call compares
 that copy with the values (versions do not know of writes through `.data`): where they differ nothing is computed, and the
 plan is made anew. A plan whose copy is made never changes but by gaining an order, so threads may share it. Sums have one
 fixed order: the bits do not depend on threads.
@@ -17,7 +17,17 @@ import torch
 from numba import carray, int64, uint8
 from torch import Tensor
 
-from .chain_layers import (
+from ..core.jit import jit, threads
+from ..core.memory import working_memory
+from ..core.scalars import full_vectors, pointer
+from ..core.shares import ME, WORKERS, among, on_threads, part_of
+from ..core.vectors import LANES, ROWS, compute_pointer, load, shifted, storage_pointer, store
+from ..sparse.few_rows import FEW
+from ..sparse.index import BLOCK
+from ..sparse.many_rows import SERIAL, vectors_of
+from ..sparse.storage import KINDS, PLACES, SLACK, take_places
+from ..sparse.tiles import ZERO, pack, unpack
+from .layer import (
     BIAS,
     BYTES,
     FIELDS,
@@ -33,17 +43,7 @@ from .chain_layers import (
     order_units,
     rows_of,
 )
-from .few_rows import FEW
-from .jit import jit, threads
-from .memory import working_memory
-from .pattern import BLOCK
-from .products import SERIAL, vectors_of
-from .shares import ME, WORKERS, among, on_threads, part_of
 from .slices import multiply_slices, slices_of
-from .spmm_ir import LANES, ROWS, compute_pointer, load, shifted, storage_pointer, store
-from .survivors import KINDS, PLACES, SLACK, take_places
-from .tiles import ZERO, pack, unpack
-from .vector import full_vectors, pointer
 
 _COPY, _BLOCKS, _SLICES, _STEPS, _SLICE_COLUMNS, _SLICE_VALUES, _SOURCE, _POSITIONS, _SLOTS = range(OTHERS, OTHERS + 9)
 _UNIT_VALUES, _READY = range(OTHERS + 9, OTHERS + 11)
@@ -257,7 +257,7 @@ class Plan:
 
 
 def sparse_chain(x: Tensor, layers: list[Layer]) -> Tensor:
-    """See initperf/reference/chain.py; for calls that keep no plan."""
+    """See kernels/reference/chain/inference.py; for calls that keep no plan."""
     y = torch.empty((len(x), layers[-1][2].shape[0]), dtype=x.dtype)
     if len(x):
         Plan(layers).prepared(len(x))(x.contiguous(), y)

@@ -9,12 +9,12 @@ import numpy as np
 from numba import carray, int64
 from torch import Tensor
 
-from .jit import jit
-from .pattern import BLOCK, WIDE_BLOCK
-from .spmm_ir import LANES, ROWS, load, multiply_unit, shifted, storage_pointer, store
-from .survivors import STARTS, begin_rows, fetch
-from .tiles import ZERO, start_sums
-from .vector import pointer
+from ..core.jit import jit
+from ..core.scalars import pointer
+from ..core.vectors import LANES, ROWS, load, multiply_unit, shifted, storage_pointer, store
+from ..sparse.index import BLOCK, WIDE_BLOCK
+from ..sparse.storage import STARTS, begin_rows, fetch
+from ..sparse.tiles import ZERO, start_sums
 
 OUTPUTS, INPUTS, NNZ, RELU = range(4)
 VALUES, BIAS, GRAD_VALUES, GRAD_BIAS = range(4, 8)  # addresses, 0 where there is none
@@ -91,7 +91,7 @@ def layer_forward(vectors, kind, layer, values, x_tile, y_tile):
 
 
 def describe(outputs: int, inputs: int, nnz: int, relu: bool, at: list[int], index: list[Tensor]) -> list[int]:
-    """The fields that every chain has. at: the four addresses; index: [units, columns, starts] (kernels/cpu/sparse_pattern.py)."""
+    """The fields that every chain has. at: the four addresses; index: [units, columns, starts] (kernels/cpu/sparse/compressed_index.py)."""
     units, columns, starts = index[:3]
     where = [units.data_ptr(), columns.data_ptr(), starts.data_ptr(), columns.numel()]
     return [outputs, inputs, nnz, int(relu), *at, *units.shape[:3], *where]

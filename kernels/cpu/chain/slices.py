@@ -13,11 +13,11 @@ from llvmlite import ir
 from numba import carray, types, uint8
 from torch import Tensor
 
-from .jit import jit
-from .lookup_ir import lookup, lookup_table
-from .pattern import BLOCK
-from .spmm_ir import LANES, Loop, element_size, element_type, filled, fused, intrinsic, store_vector, vector_at
-from .vector import pointer
+from ..core.jit import jit
+from ..core.scalars import pointer
+from ..core.vectors import LANES, Loop, element_size, element_type, filled, fused, intrinsic, store_vector, vector_at
+from ..sparse.few_rows_ir import lookup, lookup_table
+from ..sparse.index import BLOCK
 
 
 @intrinsic

@@ -16,25 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chain_gradients import CURSOR, TILE_IN, TILE_OUT, chain_backward
-from .chain_layers import (
-    FIELDS,
-    INPUTS,
-    OUTPUTS,
-    VALUES,
-    describe,
-    layer_forward,
-    order_units,
-    rows_of,
-)
-from .jit import jit, threads
-from .memory import working_memory
-from .pattern import PANEL
-from .products import vectors_of
-from .shares import ME, among, on_threads, part_of
-from .spmm_ir import LANES, ROWS, compute_pointer, shifted, storage_pointer
-from .survivors import KINDS, SLACK
-from .tiles import pack, unpack
+from ..core.jit import jit, threads
+from ..core.memory import working_memory
+from ..core.shares import ME, among, on_threads, part_of
+from ..core.vectors import LANES, ROWS, compute_pointer, shifted, storage_pointer
+from ..sparse.index import PANEL
+from ..sparse.many_rows import vectors_of
+from ..sparse.storage import KINDS, SLACK
+from ..sparse.tiles import pack, unpack
+from .gradients import CURSOR, TILE_IN, TILE_OUT, chain_backward
+from .layer import FIELDS, INPUTS, OUTPUTS, VALUES, describe, layer_forward, order_units, rows_of
 
 SERIAL = 1 << 20  # multiply-adds below which a second thread costs more than it saves
 
@@ -195,7 +186,7 @@ class TrainingPlan:
 def sparse_chain_training(
     x: Tensor, dy: Tensor, layers: list[tuple[Tensor, Tensor | None, Tensor, list[Tensor], bool]]
 ) -> list[Tensor]:
-    """See initperf/reference/chain_training.py; for calls that keep no plan, with B > 0."""
+    """See kernels/reference/chain/training.py; for calls that keep no plan, with B > 0."""
     described = [((mask.shape[0], mask.shape[1]), len(values), index, relu) for values, _, mask, index, relu in layers]
     plan = TrainingPlan(described, x.dtype)
     parameters = [p for values, bias, *_ in layers for p in (values, bias)]

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .conv_index import conv_pattern_tensors as conv_pattern_tensors
+from ..core.conv_memory import empty, lines
+from ..core.jit import jit, threads
+from ..core.memory import check_alike
+from ..core.shares import ME, among, on_threads, part_of
+from ..core.vectors import LANES, compute_pointer, shifted, storage_pointer
 from .conv_ir import PIXELS, copy_line, correlate_row, multiply_row, zero_line
-from .conv_memory import empty, lines
-from .conv_pack import pack_plane, unpack_pixels
-from .jit import jit, threads
-from .memory import check_alike
-from .shares import ME, among, on_threads, part_of
-from .spmm_ir import LANES, compute_pointer, shifted, storage_pointer
+from .index import conv_pattern_tensors as conv_pattern_tensors
+from .pack import pack_plane, unpack_pixels
 
 _INTS, _FLOATS = np.zeros(1, np.int32), np.zeros(1, np.float32)
 SUMS = 256 << 10  # bytes of sums that wait to leave, in the second-level cache
@@ -313,7 +313,7 @@ def masked_conv2d(
     groups: int,
     premasked: bool,
 ) -> Tensor:
-    """See initperf/reference/conv.py."""
+    """See kernels/reference/conv/conv2d.py."""
     spatial = _shape(x.shape[2:], shape, stride, padding, dilation)
     check_alike(x, weight)
     bias = None if bias is None else bias.contiguous().resolve_neg()
@@ -333,7 +333,7 @@ def masked_conv2d_grad_input(
     groups: int,
     premasked: bool,
 ) -> Tensor:
-    """See initperf/reference/conv.py; stride 1."""
+    """See kernels/reference/conv/conv2d.py; stride 1."""
     check_alike(dy, weight)
     before = [(k - 1) * d - p for k, d, p in zip(shape[2:], dilation, padding, strict=True)]
     spatial = Shape((1, 1), _pair(before), _pair(dilation), _pair(shape[2:]), _pair(size))
@@ -351,7 +351,7 @@ def masked_conv2d_grad_weight(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """See initperf/reference/conv.py."""
+    """See kernels/reference/conv/conv2d.py."""
     check_alike(dy, x)
     if survivors.dtype == torch.bool:
         out = torch.zeros(list(shape), dtype=x.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .spmm_ir import LANES, Loop, by_number, element_type, fused, intrinsic, splat, store_vector, vector_at
+from ..core.vectors import LANES, Loop, by_number, element_type, fused, intrinsic, splat, store_vector, vector_at
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..core.jit import jit
+from ..core.vectors import LANES, load, shifted, store, transpose_in, transpose_out
+from ..sparse.tiles import ZERO
 from .conv_ir import copy_line, zero_line
-from .jit import jit
-from .spmm_ir import LANES, load, shifted, store, transpose_in, transpose_out
-from .tiles import ZERO
 
 
 @jit()

@@ -25,7 +25,7 @@ import torch
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc import parallel
 
-from .. import contract
+from ... import contract
 
 try:
     import fcntl

@@ -20,7 +20,7 @@ from numba import int64, prange, types
 from numba.core import cgutils
 
 from .jit import jit, with_address
-from .vector import intrinsic
+from .scalars import intrinsic
 
 Share = tuple[int, int, int]  # number of this worker, or -1 before they start; how many; address of what starts them
 ALONE: Share = (0, 1, 0)

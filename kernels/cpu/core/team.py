@@ -15,7 +15,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .vector import intrinsic
+from .scalars import intrinsic
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 Team = tuple[int, int, int]  # addresses of GOMP_parallel, omp_get_thread_num, omp_get_num_threads

@@ -3,7 +3,7 @@
 With 2 to 16 rows MKL spends several times what reading the weight costs. Here weight rows stream through the registers once,
 in groups; a compressed weight is expanded by groups into the first-level cache, and the weight gradient is masked, or
 compressed, as it is written. Every sum has one fixed order: the bits do not depend on threads, or on how the weight is stored.
-Arguments as in kernels/cpu/gemm.py.
+Arguments as in kernels/cpu/dense/many_rows.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from .dense_ir import add_rows, dot_rows, outer_rows
-from .jit import jit
-from .packed import compress, expand, pointers, survivors_before
-from .spmm_ir import LANES, load, shifted, storage_pointer, store
-from .vector import pointer
+from ..core.jit import jit
+from ..core.scalars import pointer
+from ..core.vectors import LANES, load, shifted, storage_pointer, store
+from .few_rows_ir import add_rows, dot_rows, outer_rows
+from .packed_weight import compress, expand, pointers, survivors_before
 
 TOGETHER = 4  # weight rows, of the forward pass and of the weight gradient
 _ADDED = 8  # weight rows, of the input gradient

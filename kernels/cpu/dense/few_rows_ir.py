@@ -8,8 +8,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .runs_ir import live_lanes, masked_call
-from .spmm_ir import LANES, ROWS, Loop, filled, fused, intrinsic, splat, store_vector, sum_lanes, vector_at
+from ..core.vectors import LANES, ROWS, Loop, filled, fused, intrinsic, splat, store_vector, sum_lanes, vector_at
+from ..sparse.interleave_ir import live_lanes, masked_call
 
 _I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _LINE = ir.VectorType(_FLOAT, LANES)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from .gemm_ir import GROUP, PANEL, copy_lines, copy_square, leave_lines, leave_masked, tile
-from .jit import jit
-from .packed import compress, expand, pointers, survivors_before
-from .spmm_ir import LANES, load, shifted, storage_pointer, store
-from .vector import pointer
+from ..core.jit import jit
+from ..core.scalars import pointer
+from ..core.vectors import LANES, load, shifted, storage_pointer, store
+from .many_rows_ir import GROUP, PANEL, copy_lines, copy_square, leave_lines, leave_masked, tile
+from .packed_weight import compress, expand, pointers, survivors_before
 
 DEPTH = 256  # of a panel: 32 KiB
 CHAIN = 64  # products that are summed one after another: in longer chains roundings add up

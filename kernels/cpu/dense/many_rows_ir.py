@@ -8,9 +8,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .dense_ir import load_lanes, rows_at, store_lanes
-from .runs_ir import live_lanes, masked_call
-from .spmm_ir import LANES, Loop, filled, fused, intrinsic, splat, store_vector, transposed, vector_at
+from ..core.vectors import LANES, Loop, filled, fused, intrinsic, splat, store_vector, transposed, vector_at
+from ..sparse.interleave_ir import live_lanes, masked_call
+from .few_rows_ir import load_lanes, rows_at, store_lanes
 
 PANEL = 2 * LANES  # columns of a tile
 GROUP = 8  # rows of a tile

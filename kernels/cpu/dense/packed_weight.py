@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .gemm_ir import byte_at, leave_survivors, long_at, take_survivors, word_at
-from .jit import jit
-from .spmm_ir import LANES, prefetch, shifted, storage_pointer
-from .vector import population
+from ..core.jit import jit
+from ..core.scalars import population
+from ..core.vectors import LANES, prefetch, shifted, storage_pointer
+from .many_rows_ir import byte_at, leave_survivors, long_at, take_survivors, word_at
 
 _FLOATS = np.zeros(1, np.float32)
 

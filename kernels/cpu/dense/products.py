@@ -14,16 +14,16 @@ import torch
 from numba import carray, types
 from torch import Tensor
 
-from . import few_dense, gemm
-from .few_dense import TOGETHER
-from .gemm_ir import GROUP, PANEL
-from .jit import is_forked, jit, threads, with_address
-from .memory import gradient_memory, working_memory
-from .shares import ALONE, ME, Share, among, on_threads
-from .spmm_ir import LANES
-from .target import has_avx512
-from .team import in_team, members, number
-from .vector import pointer
+from ..core.jit import is_forked, jit, threads, with_address
+from ..core.memory import gradient_memory, working_memory
+from ..core.scalars import pointer
+from ..core.shares import ALONE, ME, Share, among, on_threads
+from ..core.target import has_avx512
+from ..core.team import in_team, members, number
+from ..core.vectors import LANES
+from . import few_rows, many_rows
+from .few_rows import TOGETHER
+from .many_rows_ir import GROUP, PANEL
 
 LEAST, LEAST_OF_ONE = 1 << 14, 70_000  # weights of a masked layer, with several rows and with one
 LEAST_PRODUCT = 1 << 19  # multiplications, with many rows
@@ -62,12 +62,12 @@ def _share_of_all(me, job):
     dy, x = job[_A], job[_X]
     first, last = _part(sizes[1], TOGETHER, me, workers)
     if first < last and job[_OUT]:
-        few_dense.grad_weight(sizes, (dy, x, job[_MORE], job[_OUT]), bits, scratch, first, last)
+        few_rows.grad_weight(sizes, (dy, x, job[_MORE], job[_OUT]), bits, scratch, first, last)
     if first < last and job[_DB]:
-        few_dense.grad_bias(sizes, dy, job[_DB], first, last)
+        few_rows.grad_bias(sizes, dy, job[_DB], first, last)
     first, last = _part(sizes[2], LANES, me, workers)
     if first < last and job[_DX]:
-        few_dense.grad_input(sizes, (job[_WEIGHT], dy, np.int64(0), job[_DX]), bits, scratch, first, last)
+        few_rows.grad_input(sizes, (job[_WEIGHT], dy, np.int64(0), job[_DX]), bits, scratch, first, last)
 
 
 @jit()
@@ -92,17 +92,17 @@ def _share_of(share, job):
     if first >= last:
         return
     if what == _FORWARD:
-        few_dense.forward(sizes, at, bits, scratch, first, last)
+        few_rows.forward(sizes, at, bits, scratch, first, last)
     elif what == _GRAD_INPUT:
-        few_dense.grad_input(sizes, at, bits, scratch, first, last)
+        few_rows.grad_input(sizes, at, bits, scratch, first, last)
     elif what == _GRAD_WEIGHT:
-        few_dense.grad_weight(sizes, at, bits, scratch, first, last)
+        few_rows.grad_weight(sizes, at, bits, scratch, first, last)
     elif kind == _FORWARD:
-        gemm.forward(sizes, at, bits, scratch, first, last)
+        many_rows.forward(sizes, at, bits, scratch, first, last)
     elif kind == _GRAD_INPUT:
-        gemm.grad_input(sizes, at, bits, scratch, first, last)
+        many_rows.grad_input(sizes, at, bits, scratch, first, last)
     else:
-        gemm.grad_weight(sizes, at, bits, scratch, first, last)
+        many_rows.grad_weight(sizes, at, bits, scratch, first, last)
 
 
 @with_address(types.void(types.uintp))
@@ -175,9 +175,9 @@ def _call(
     packed = (0, 0, 0) if bits is None else (bits.data_ptr(), bits.numel(), values.numel())
     if FEW[what] < B:
         workers = 1 if N * K * B < SERIAL_MANY or is_forked() else torch.get_num_threads()
-        _launch(what + _MANY, sizes, at, packed, workers, gemm.memory_bytes(B, N), _NO_MORE)
+        _launch(what + _MANY, sizes, at, packed, workers, many_rows.memory_bytes(B, N), _NO_MORE)
     else:
-        _launch(what, sizes, at, packed, _workers_of_few(N * K), few_dense.memory_bytes(N), _NO_MORE)
+        _launch(what, sizes, at, packed, _workers_of_few(N * K), few_rows.memory_bytes(N), _NO_MORE)
     return out
 
 
@@ -266,5 +266,5 @@ def gradients(
     at = (dy.data_ptr(), x.data_ptr(), 0 if mask is None else mask.data_ptr(), 0 if dw is None else dw.data_ptr())
     of_bits = (0, 0, 0) if packed is None else (packed.data_ptr(), packed.numel(), weight.numel())
     more = (weight.data_ptr(), 0 if dx is None else dx.data_ptr(), 0 if db is None else db.data_ptr())
-    _launch(_ALL, (B, N, K), at, of_bits, _workers_of_few(N * K), few_dense.memory_bytes(N), more)
+    _launch(_ALL, (B, N, K), at, of_bits, _workers_of_few(N * K), few_rows.memory_bytes(N), more)
     return dx, dw, db

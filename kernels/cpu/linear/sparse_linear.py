@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import dense
-from .gemm_ir import long_at
-from .jit import jit, threads
-from .memory import check_alike, gradient_memory
-from .products import correlate, multiply
-from .shares import ME, among, on_threads, part_of
-from .sparse_pattern import sparse_tensors as sparse_tensors
-from .target import has_avx512
-from .vector import expand_line, full_vectors, population
+from ..core.jit import jit, threads
+from ..core.memory import check_alike, gradient_memory
+from ..core.scalars import expand_line, full_vectors, population
+from ..core.shares import ME, among, on_threads, part_of
+from ..core.target import has_avx512
+from ..dense import products as dense
+from ..dense.many_rows_ir import long_at
+from ..sparse.compressed_index import sparse_tensors as sparse_tensors
+from ..sparse.many_rows import correlate, multiply
 
 _WIDE = has_avx512()  # elsewhere LLVM writes 16 branches for a line
 _OWNER = torch.empty(0)  # of the block that dense weights, needed for one product each, are made in
@@ -24,21 +24,21 @@ _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def sparse_linear(
     x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int, pattern: list[Tensor]
 ) -> Tensor:
-    """See initperf/reference/sparse_linear.py."""
+    """See kernels/reference/linear/sparse_linear.py."""
     check_alike(x, values)
     units, columns, starts = pattern[:3]
     return multiply(x, (values.data_ptr(), starts.data_ptr(), values.numel(), 0), rows, bias, units, columns)
 
 
 def sparse_grad_input(dy: Tensor, values: Tensor, bits: Tensor, columns: int, pattern: list[Tensor]) -> Tensor:
-    """See initperf/reference/sparse_linear.py."""
+    """See kernels/reference/linear/sparse_linear.py."""
     check_alike(dy, values)
     units, numbers, places = pattern[3:]
     return multiply(dy, (values.data_ptr(), places.data_ptr()), columns, None, units, numbers)
 
 
 def sparse_grad_values(dy: Tensor, x: Tensor, bits: Tensor, pattern: list[Tensor]) -> Tensor:
-    """See initperf/reference/sparse_linear.py."""
+    """See kernels/reference/linear/sparse_linear.py."""
     units, columns, starts = pattern[:3]
     nnz = int(starts[-1])
     out = torch.empty((nnz, 1), dtype=x.dtype)

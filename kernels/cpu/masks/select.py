@@ -16,10 +16,11 @@ import torch
 from numba import uint32
 from torch import Tensor
 
-from .jit import jit, threads
-from .vector import full_vectors
+from ..core.jit import jit, threads
+from ..core.scalars import full_vectors
 
-DIGIT = 16  # bits a pass: weights touch few of the 65,536 counters, so they stay in the caches, and two passes do for float32
+# bits a pass: weights touch few of the 65,536 counters, so they stay in the caches, and two passes do for float32
+DIGIT = 16
 SMALL_DIGIT = 11  # where clearing the counters would cost more than a third pass
 BLOCK = 1024  # elements counted, or searched for ties, at once
 SERIAL = 1 << 21  # below this many elements threads cost more than they save
@@ -170,7 +171,7 @@ class _Keys:
 
 
 def kth_smallest(values: Sequence[Tensor], alive: Sequence[Tensor] | None, k: int) -> Tensor:
-    """See initperf/reference/select.py."""
+    """See kernels/reference/masks/select.py."""
     keys = _Keys(values, alive)
     prefix, ties, shift, equal, nans = 0, k, keys.bits, 0, 0
     while shift:
@@ -195,7 +196,7 @@ def _infinity(dtype: torch.dtype) -> int:
 
 
 def cut(values: Sequence[Tensor], alive: Sequence[Tensor] | None, selection: Tensor) -> list[Tensor]:
-    """See initperf/reference/select.py."""
+    """See kernels/reference/masks/select.py."""
     threshold, ties, equal, _ = (int(v) for v in selection)
     keys = _Keys(values, alive)
     masks = [torch.empty(v.shape, dtype=torch.bool) for v in values]

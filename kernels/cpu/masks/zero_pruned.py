@@ -14,11 +14,11 @@ from numba import carray, types
 from numba.core import cgutils
 from torch import Tensor
 
-from .jit import is_forked, jit, with_address
-from .spmm_ir import Loop
-from .target import has_avx512
-from .team import in_team, members, number
-from .vector import intrinsic, pointer
+from ..core.jit import is_forked, jit, with_address
+from ..core.scalars import intrinsic, pointer
+from ..core.target import has_avx512
+from ..core.team import in_team, members, number
+from ..core.vectors import Loop
 
 _LANES = 16
 SHARED = 1 << 18  # elements from which torch's threads, still awake after the product, share the work

@@ -1,6 +1,6 @@
 """Moments of many tensors in one parallel region: power sums of fixed chunks in float64, combined in a fixed order.
 
-Each chunk becomes a record (moment_records.py). Chunks, and so all results, are independent of the thread count.
+Each chunk becomes a record (records.py). Chunks, and so all results, are independent of the thread count.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from numba import carray, int64, types, uintp
 
-from .jit import is_forked, jit, threads, with_address
-from .lanes import (
+from ..core.jit import is_forked, jit, threads, with_address
+from ..core.scalars import copy_bytes, pointer, prefetch
+from ..core.shares import ALONE, ME, among, on_threads, part_of
+from ..core.team import in_team, number, team
+from .power_sums_ir import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
@@ -28,7 +31,7 @@ from .lanes import (
     call_lane_sums,
     lane_sums,
 )
-from .moment_records import (
+from .records import (
     CARRIED,
     RECORD,
     SUMS,
@@ -43,9 +46,6 @@ from .moment_records import (
     recenter,
     store,
 )
-from .shares import ALONE, ME, among, on_threads, part_of
-from .team import in_team, number, team
-from .vector import copy_bytes, pointer, prefetch
 
 CHUNK = 131072  # values of a task that reads along memory; a task costs a fifth of a microsecond beside them
 CHUNK_ROWS = 1024  # rows, at least, of a task that reads neighbouring columns
@@ -346,7 +346,7 @@ def _moments_of_one(address, kind, size, a, c, i, step_a, step_c, *rest):
 
 
 def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int, correction: float) -> torch.Tensor:
-    """Moments of CPU tensors: see initperf/reference/moments.py for the arguments and the result."""
+    """Moments of CPU tensors: see kernels/reference/moments/moments.py for the arguments and the result."""
     rows = [(x.data_ptr(), KINDS[x.dtype], x.element_size(), *shape) for x, shape in zip(tensors, shapes, strict=True)]
     channels = sum([shape[1] for shape in shapes])
     table = torch.empty((VALUES, channels), dtype=torch.float64)

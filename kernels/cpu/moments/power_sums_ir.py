@@ -1,4 +1,4 @@
-"""Power sums of 16 lanes at once, as vector IR: the inner loop of kernels/cpu/moments.py.
+"""Power sums of 16 lanes at once, as vector IR: the inner loop of kernels/cpu/moments/moments.py.
 
 LLVM may not reorder a float sum, so a plain loop over one stays scalar. Here the order is part of the code: lane i adds
 the values i, i + stride, i + 2 stride..., in float64 and in registers, so results depend on no machine's vector width.
@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as _intrinsic
 
-from .jit import with_address
+from ..core.jit import with_address
 
 LANES = 16
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = range(4)  # kinds of input

@@ -11,13 +11,13 @@ import math
 
 from numba import int64
 
-from .jit import jit
-from .lanes import COUNT, HIGH, LANES, LOW, ROWS, S1, S2, S3, S4, SCALE, SHIFT, ZEROS
-from .vector import full_vectors
+from ..core.jit import jit
+from ..core.scalars import full_vectors
+from .power_sums_ir import COUNT, HIGH, LANES, LOW, ROWS, S1, S2, S3, S4, SCALE, SHIFT, ZEROS
 
 RECORD = 8
 N, MEAN, SPREAD, SKEW, KURTOSIS, MIN, MAX, NULLS = range(RECORD)
-VALUES = 12  # rows of the result, as in initperf/reference/moments.py
+VALUES = 12  # rows of the result, as in kernels/reference/moments/moments.py
 CARRIED = ROWS  # rows of sums of the blocks before
 FOUND = CARRIED + 4  # rows of records
 SUMS = (FOUND + RECORD) * LANES  # size of `sums` below: flat, so that rows lie at distances that LLVM knows

@@ -13,9 +13,9 @@ from llvmlite import ir
 from numba import carray, float64, int64, types, uint16, uint32, uint64, uintp
 from numba.core import cgutils
 
-from .jit import jit
+from ..core.jit import jit
+from ..core.scalars import bits_float, full_vectors, half_float, intrinsic, pointer, population, trailing_zeros
 from .sample import _BFLOAT16, _FLOAT16, _FLOAT32, _FLOAT64
-from .vector import bits_float, full_vectors, half_float, intrinsic, pointer, population, trailing_zeros
 
 LANES = 16
 N, MEAN, SQUARES = range(3)  # of a block's record: values, their mean, the sum of (value - mean)^2

@@ -11,8 +11,8 @@ import numpy as np
 from numba import uintp
 from torch import Tensor
 
-from .jit import jit, threads
-from .shares import ME, among, on_threads, part_of
+from ..core.jit import jit, threads
+from ..core.shares import ME, among, on_threads, part_of
 
 PANEL = 64
 TILE = 128  # columns updated together: their sums stay in the first-level cache

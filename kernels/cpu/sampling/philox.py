@@ -8,9 +8,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types, uint64, uintp
 
-from ..contract import BLOCKS, PHILOX_MULTIPLIERS, PHILOX_WEYL
-from .jit import jit
-from .vector import full_vectors, intrinsic, pointer
+from ...contract import BLOCKS, PHILOX_MULTIPLIERS, PHILOX_WEYL
+from ..core.jit import jit
+from ..core.scalars import full_vectors, intrinsic, pointer
 
 _I64 = ir.IntType(64)
 _HALF = 8  # lanes of 64 bits; two such vectors make one of sixteen words

@@ -14,8 +14,8 @@ from numba import carray, float32, float64, int32, uint16, uint32, uint64, uintp
 from numba.np.unsafe import ndarray
 from torch import Tensor
 
-from .. import contract
-from ..contract import (
+from ... import contract
+from ...contract import (
     BLOCKS,
     NORMAL,
     PIECES,
@@ -27,10 +27,10 @@ from ..contract import (
     TRUNC_TAIL,
     UNIFORM,
 )
-from .jit import jit, threads
+from ..core.jit import jit, threads
+from ..core.scalars import all_ones, bits_float, float_bits, fma, full_vectors, half_bits, horner, pointer, sqrt
+from ..core.shares import ME, among, on_threads, part_of
 from .philox import tile_words
-from .shares import ME, among, on_threads, part_of
-from .vector import all_ones, bits_float, float_bits, fma, full_vectors, half_bits, horner, pointer, sqrt
 
 _WORDS, _FLOAT32, _BFLOAT16, _FLOAT16, _FLOAT64 = range(5)
 _CODES = {
@@ -322,7 +322,7 @@ def sample_(
     run: int = -1,
     stride: int = 0,
 ) -> Tensor:
-    """See initperf.reference.sample.sample_; params is a tuple."""
+    """See initperf.kernels.reference.sampling.sample.sample_; params is a tuple."""
     n = out.numel()
     if not n:
         return out

@@ -17,11 +17,11 @@ import torch
 from numba import int64, uint64
 from torch import Tensor
 
-from ..contract import NORMAL, TILE, UNIFORM
-from .jit import jit, threads
+from ...contract import NORMAL, TILE, UNIFORM
+from ..core.jit import jit, threads
+from ..core.shares import ME, among, on_threads
+from .block_work import LANES, MEAN, SQUARES, N, bits_set, copy_past_caches, fill, measure, pick, prune, words_of
 from .sample import _CODES, _FLOAT32, _LARGE, _constants, _pieces, sample_
-from .sample_blocks import LANES, MEAN, SQUARES, N, bits_set, copy_past_caches, fill, measure, pick, prune, words_of
-from .shares import ME, among, on_threads
 
 _TILES = 8  # tiles of a block: 32 KiB of float32, within the first-level cache
 _SPAN = _TILES * TILE
@@ -188,7 +188,7 @@ def sample_many_(
     masks: Sequence[Tensor | None] | None = None,
     moments: bool = False,
 ) -> Tensor | None:
-    """See initperf.reference.sample_many.sample_many_."""
+    """See initperf.kernels.reference.sampling.sample_many.sample_many_."""
     plan = np.zeros((len(outs) + 1, _COLUMNS), np.int64)
     rows, alive = [], []
     for i, (out, (kind, params), stream) in enumerate(zip(outs, distributions, streams, strict=True)):

@@ -1,4 +1,4 @@
-"""The index of a mask for compressed weights: that of kernels/cpu/pattern.py, and where each slot's value lies in row-major order."""
+"""The index of a mask for compressed weights: that of kernels/cpu/sparse/index.py, and where each slot's value lies in row-major order."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from numba import carray, uint8
 from torch import Tensor
 
-from .jit import jit, threads
-from .pattern import block_of, index_rows
-from .shares import ME, among, on_threads, part_of
-from .spmm_ir import ROWS
-from .vector import pointer
+from ..core.jit import jit, threads
+from ..core.scalars import pointer
+from ..core.shares import ME, among, on_threads, part_of
+from ..core.vectors import ROWS
+from .index import block_of, index_rows
 
 PARALLEL_FROM = 1 << 18  # weights
 

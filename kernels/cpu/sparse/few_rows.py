@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .jit import jit, threads
-from .lookup_ir import matvec_unit, outer_unit
-from .memory import working_memory
-from .pattern import block_of
-from .shares import ME, among, on_threads, part_of
-from .spmm_ir import ROWS, compute_pointer, load, shifted, storage_pointer, store
-from .survivors import KINDS, SLACK, STARTS, begin_rows, fetch, leave, weights_at
+from ..core.jit import jit, threads
+from ..core.memory import working_memory
+from ..core.shares import ME, among, on_threads, part_of
+from ..core.vectors import ROWS, compute_pointer, load, shifted, storage_pointer, store
+from .few_rows_ir import matvec_unit, outer_unit
+from .index import block_of
+from .storage import KINDS, SLACK, STARTS, begin_rows, fetch, leave, weights_at
 from .tiles import ZERO
 
 SERIAL = 1 << 18  # slots under which a second thread costs more than it saves

@@ -13,9 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .pattern import BLOCK, WIDE_BLOCK
-from .runs_ir import live_lanes, masked_call
-from .spmm_ir import (
+from ..core.target import has_avx512
+from ..core.vectors import (
     LANES,
     ROWS,
     Loop,
@@ -31,7 +30,8 @@ from .spmm_ir import (
     unit_rows,
     vector_at,
 )
-from .target import has_avx512
+from .index import BLOCK, WIDE_BLOCK
+from .interleave_ir import live_lanes, masked_call
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 

@@ -14,10 +14,10 @@ import torch
 from numba import carray, uint8
 from torch import Tensor
 
-from .jit import jit, threads
-from .shares import ME, among, on_threads, part_of
-from .spmm_ir import ROWS
-from .vector import pointer
+from ..core.jit import jit, threads
+from ..core.scalars import pointer
+from ..core.shares import ME, among, on_threads, part_of
+from ..core.vectors import ROWS
 
 PANEL = 256  # rows; row numbers have 8 bits
 BLOCK, WIDE_BLOCK = 128, 256  # columns; column numbers have 8 bits
@@ -171,7 +171,7 @@ def index_rows(mask: Tensor, density: float) -> tuple[Tensor, Tensor]:
 
 
 def pattern_tensors(mask: Tensor) -> list[Tensor]:
-    """[units, columns] of the mask, and of its transpose: what the launchers of masked_matmul.py take as `pattern`."""
+    """[units, columns] of the mask, and of its transpose: what the launchers of kernels/cpu/linear/masked_linear.py take as `pattern`."""
     mask = mask.detach()
     density = float(torch.count_nonzero(mask)) / max(mask.numel(), 1)
     return [*index_rows(mask, density), *index_rows(mask.t(), density)]

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .spmm_ir import (
+from ..core.vectors import (
     LANES,
     ROWS,
     compute_type,

@@ -2,7 +2,7 @@
 
 A task owns a group of panels of rows, and a few blocks of the batch. For every block of columns it packs X with the batch
 in the lanes (so that a survivor costs one broadcast and V loads and multiply-adds), brings the weights into the order of
-the index (kernels/cpu/pattern.py), and runs the units; its sums stay in the second-level cache until they leave, transposed.
+the index (kernels/cpu/sparse/index.py), and runs the units; its sums stay in the second-level cache until they leave, transposed.
 Every sum runs over columns, or over batch rows, in one fixed order: the bits do not depend on threads or tasks.
 """
 
@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .few_rows import FEW, FEW_ORDERED, call_few
-from .jit import jit, threads
-from .memory import check_alike, working_memory
-from .pattern import block_of
-from .shares import ME, among, on_threads, part_of
-from .spmm_ir import (
+from ..core.jit import jit, threads
+from ..core.memory import check_alike, working_memory
+from ..core.shares import ME, among, on_threads, part_of
+from ..core.vectors import (
     LANES,
     ROWS,
     compute_pointer,
@@ -32,7 +30,9 @@ from .spmm_ir import (
     storage_pointer,
     store,
 )
-from .survivors import KINDS, ORDERED, SLACK, STARTS, ask, begin_rows, fetch, leave, weights_at
+from .few_rows import FEW, FEW_ORDERED, call_few
+from .index import block_of
+from .storage import KINDS, ORDERED, SLACK, STARTS, ask, begin_rows, fetch, leave, weights_at
 from .tiles import ZERO, pack, start_sums, unpack
 
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
@@ -288,7 +288,7 @@ def _readable(tensor: Tensor) -> Tensor:
 def multiply(
     x: Tensor, source: tuple[int, ...], rows: int, bias: Tensor | None, units: Tensor, columns: Tensor
 ) -> Tensor:
-    """y (B, rows) = x (B, K) times the transpose of the weight behind `source` (survivors.py), at the survivors of the index."""
+    """y (B, rows) = x (B, K) times the transpose of the weight behind `source` (storage.py), at the survivors of the index."""
     B, K = x.shape
     y = torch.empty((B, rows), dtype=x.dtype)
     if not (B and rows):
@@ -328,7 +328,7 @@ def in_order(source: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype
 
 
 def correlate(dy: Tensor, x: Tensor, target: tuple[int, ...], units: Tensor, columns: Tensor) -> None:
-    """dy (B, N) transposed times x (B, K) at the survivors of the index, written to `target` (survivors.py); B > 0."""
+    """dy (B, N) transposed times x (B, K) at the survivors of the index, written to `target` (storage.py); B > 0."""
     check_alike(dy, x)
     (B, N), K = dy.shape, x.shape[1]
     dy, x = _readable(dy), _readable(x)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .jit import jit
-from .spmm_ir import LANES, ROWS, load, prefetch, shifted, store, stream, transpose_in, transpose_out
+from ..core.jit import jit
+from ..core.vectors import LANES, ROWS, load, prefetch, shifted, store, stream, transpose_in, transpose_out
 
 ZERO = np.float32(0)
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sparse_grad import programs
-from .targets import cast, dot, precision, rows_of_8, tile
+from ..sparse.rows_grad import programs
+from ..targets import cast, dot, precision, rows_of_8, tile
 
 BLOCKS = (16, 32, 64, 128)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .targets import cast, tile
+from ..targets import cast, tile
 
 MAX_ROWS = 64
 MAX_GROUPS = 1 << 29  # word indices are 32 bits wide, and a group has up to 4 words of 64 bits

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad_tiles import sums, tile_of, tile_product
-from .pattern import TILE
-from .targets import cast, precision, rows_of_8
+from ..sparse.grad_tile import sums, tile_of, tile_product
+from ..sparse.index import TILE
+from ..targets import cast, precision, rows_of_8
 
 
 @triton.jit
@@ -71,19 +71,19 @@ def _masked_grad_weight(
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, pattern: list[Tensor], premasked: bool
 ) -> Tensor:
-    """See initperf/reference/masked_matmul.py."""
+    """See kernels/reference/linear/masked_linear.py."""
     return torch.nn.functional.linear(x, weight if premasked else torch.where(mask, weight, 0), bias)
 
 
 def masked_grad_input(dy: Tensor, weight: Tensor, mask: Tensor, pattern: list[Tensor], premasked: bool) -> Tensor:
-    """See initperf/reference/masked_matmul.py."""
+    """See kernels/reference/linear/masked_linear.py."""
     return torch.mm(dy, weight if premasked else torch.where(mask, weight, 0))
 
 
 def masked_grad_weight(
     dy: Tensor, x: Tensor, mask: Tensor, pattern: list[Tensor], *, into: Tensor | None = None
 ) -> Tensor:
-    """See initperf/reference/masked_matmul.py; float32 in TF32 where torch allows that.
+    """See kernels/reference/linear/masked_linear.py; float32 in TF32 where torch allows that.
 
     into: a gradient (N, K), contiguous, to which dW is added and which is returned: in tiles without a survivor nothing happens.
     """

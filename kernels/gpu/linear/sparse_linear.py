@@ -1,42 +1,43 @@
-"""The three products on a compressed weight, on the kernels of sparse_matmul.py and sparse_grad.py, and its dense form."""
+"""The three products on a compressed weight, on the kernels of kernels/gpu/sparse/rows.py and kernels/gpu/sparse/rows_grad.py, and its dense form."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import sparse_grad, sparse_matmul
-from .pattern import pattern_tensors
+from ..sparse import rows as sparse_matmul
+from ..sparse import rows_grad
+from ..sparse.index import pattern_tensors
 
 
 def sparse_linear(
     x: Tensor, values: Tensor, bias: Tensor | None, bits: Tensor, rows: int, pattern: list[Tensor]
 ) -> Tensor:
-    """See initperf/reference/sparse_linear.py."""
+    """See kernels/reference/linear/sparse_linear.py."""
     start, columns, order = pattern[:3]
     return sparse_matmul.sparse_matmul(x, values, start, columns, order, bias)
 
 
 def sparse_grad_input(dy: Tensor, values: Tensor, bits: Tensor, columns: int, pattern: list[Tensor]) -> Tensor:
-    """See initperf/reference/sparse_linear.py."""
+    """See kernels/reference/linear/sparse_linear.py."""
     start, rows, order, number = pattern[3:7]
     return sparse_matmul.sparse_matmul(dy, values, start, rows, order, perm=number)
 
 
 def sparse_grad_values(dy: Tensor, x: Tensor, bits: Tensor, pattern: list[Tensor]) -> Tensor:
-    """See initperf/reference/sparse_linear.py. 16-bit tensors: on the matrix unit; float32 keeps its precision."""
+    """See kernels/reference/linear/sparse_linear.py. 16-bit tensors: on the matrix unit; float32 keeps its precision."""
     start, columns, order = pattern[:3]
     if x.element_size() > 2:
-        return sparse_grad.sparse_grad(dy, x, start, columns, order)[:, None]
+        return rows_grad.sparse_grad(dy, x, start, columns, order)[:, None]
     of_words, first, tiles = pattern[7:]
-    return sparse_grad.sparse_grad_tiles(dy, x, of_words, first, tiles, columns.numel())[:, None]
+    return rows_grad.sparse_grad_tiles(dy, x, of_words, first, tiles, columns.numel())[:, None]
 
 
 def sparse_tensors(mask: Tensor) -> list[Tensor]:
     """[start, columns, order] of the bool mask (N, K) by rows, the same of its transpose and number, then bits, first and tiles.
 
     number (nnz,) int32: of each survivor of the transpose, its row-major place. first (N, ceil(K / 32)) int32: survivors before
-    each word of bits. bits, tiles: kernels/gpu/pattern.py. The others: sparse_matmul.sparse_matmul.
+    each word of bits. bits, tiles: kernels/gpu/sparse/index.py. The others: sparse_matmul.sparse_matmul.
     """
     number = (mask.flatten().cumsum(0, dtype=torch.int32) - 1).view(mask.shape)
     bits, tiles = pattern_tensors(mask)

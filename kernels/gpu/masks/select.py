@@ -112,7 +112,7 @@ def _tiles() -> tuple[int, int]:
 
 
 def kth_smallest(values: Sequence[Tensor], alive: Sequence[Tensor] | None, k: int) -> Tensor:
-    """See initperf/reference/select.py."""
+    """See kernels/reference/masks/select.py."""
     words, masks, bits = _views(values, alive)
     block, warps = _tiles()
     device = values[0].device
@@ -149,7 +149,7 @@ def kth_smallest(values: Sequence[Tensor], alive: Sequence[Tensor] | None, k: in
 
 
 def cut(values: Sequence[Tensor], alive: Sequence[Tensor] | None, selection: Tensor) -> list[Tensor]:
-    """See initperf/reference/select.py."""
+    """See kernels/reference/masks/select.py."""
     words, masks, bits = _views(values, alive)
     block, warps = _tiles()
     device = values[0].device

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .moment_records import (
+from .records import (
     ADDRESS,
     CHUNKS,
     FIRST_RECORD,
@@ -217,7 +217,7 @@ def _plan(
 
 
 def moments(tensors: Sequence[torch.Tensor], shapes: Sequence[Shape], order: int, correction: float) -> torch.Tensor:
-    """Moments of tensors on one GPU: see initperf/reference/moments.py for the arguments and the result."""
+    """Moments of tensors on one GPU: see kernels/reference/moments/moments.py for the arguments and the result."""
     device = tensors[0].device
     plan, tasks, records, channels = _plan(tensors, shapes, correction)
     segments = torch.from_numpy(plan)

@@ -1,4 +1,4 @@
-"""Records of chunks, and how they are combined: the second launch of kernels/gpu/moments.py, in a fixed order.
+"""Records of chunks, and how they are combined: the second launch of kernels/gpu/moments/moments.py, in a fixed order.
 
 A record is count, mean, m2, m3, m4, low, high, zeros of a chunk's values times 2^-exponent, and the exponent, in float64;
 two are combined by the formula of Chan, Golub & LeVeque (1983).
@@ -11,7 +11,7 @@ import triton.language as tl
 
 RECORD = 9
 EXPONENT = tl.constexpr(8)  # the last row
-VALUES = 12  # rows of the result, as in initperf/reference/moments.py
+VALUES = 12  # rows of the result, as in kernels/reference/moments/moments.py
 RECORDS_A_STEP = 256
 # Columns of a segment, the plan of one tensor; sizes and steps in elements.
 SEGMENT = 11

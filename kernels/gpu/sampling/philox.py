@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..contract import PHILOX_MULTIPLIERS, PHILOX_WEYL
+from ...contract import PHILOX_MULTIPLIERS, PHILOX_WEYL
 
 _M0 = tl.constexpr(PHILOX_MULTIPLIERS[0])
 _M1 = tl.constexpr(PHILOX_MULTIPLIERS[1])

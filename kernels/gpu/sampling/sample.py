@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import contract
+from ... import contract
 from .philox import philox
 
 _BITS = tl.constexpr(contract.BITS)
@@ -222,7 +222,7 @@ def sample_(
     *,
     tiles: int | None = None,
 ) -> Tensor:
-    """See initperf.reference.sample.sample_. tiles: tiles a program, for tests; the values do not depend on it."""
+    """See initperf.kernels.reference.sampling.sample.sample_. tiles: tiles a program, for tests; the values do not depend on it."""
     n = out.numel()
     if not n:
         return out

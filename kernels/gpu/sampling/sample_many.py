@@ -1,7 +1,7 @@
 """Sampling into a list of tensors on a GPU, in one launch: a program finds its tensor in a table and fills TILES tiles of it.
 
 What differs between tensors (dtype, distribution, mask) is read from the table, so that all threads of a program branch
-alike. Formulas are those of kernels/gpu/sample.py, compiled in the same way, so that the bits are the same.
+alike. Formulas are those of kernels/gpu/sampling/sample.py, compiled in the same way, so that the bits are the same.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import contract
-from .moments import moments as moments_of
+from ... import contract
+from ..moments.moments import moments as moments_of
 from .philox import philox
 from .sample import _INTERPRETED, _WARP, _int32, _rounded, _values
 
@@ -225,7 +225,7 @@ def sample_many_(
     masks: Sequence[Tensor | None] | None = None,
     moments: bool = False,
 ) -> Tensor | None:
-    """See initperf.reference.sample_many.sample_many_. The moments are a second pass, of kernels/gpu/moments.py."""
+    """See initperf.kernels.reference.sampling.sample_many.sample_many_. The moments are a second pass, of kernels/gpu/moments/moments.py."""
     if not outs:
         return torch.empty((2, 0), dtype=torch.float64) if moments else None
     masks = masks if masks is not None else [None] * len(outs)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .targets import dot, precision, tile
+from ..targets import dot, precision, tile
 
 
 class Tile(NamedTuple):

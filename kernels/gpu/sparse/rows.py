@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .targets import cast, tile
+from ..targets import cast, tile
 
 CHUNK: tl.constexpr = tl.constexpr(4)
 

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad_tiles import tile_of, tile_product
-from .pattern import TILE
-from .sparse_matmul import feature_major
-from .targets import cast, precision, rows_of_8, tile
+from ..targets import cast, precision, rows_of_8, tile
+from .grad_tile import tile_of, tile_product
+from .index import TILE
+from .rows import feature_major
 
 # Survivors and stretch of the batch of one program (one warp), by bytes of a value: 16 bytes of a row of x a thread.
 TILES = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import sparse_matmul
+from ..sparse import rows as sparse_matmul
 
 
 def block_rows(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

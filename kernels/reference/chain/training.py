@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .chain import Layer
+from .inference import Layer
 
 
 def sparse_chain_training(x: Tensor, dy: Tensor, layers: list[Layer]) -> list[Tensor]:

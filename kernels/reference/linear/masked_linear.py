@@ -12,7 +12,7 @@ def masked_linear(
     """y = x (W o M)^T + b.
 
     x: (B, K); weight, mask: (N, K); bias: (N,) or None; returns (B, N). One float dtype; float32 sums for the 16-bit ones.
-    pattern: what pattern.py makes of the mask for the device, or []. premasked: the caller promises W = W o M.
+    pattern: what kernels/reference/sparse/index.py makes of the mask for the device, or []. premasked: the caller promises W = W o M.
     """
     return torch.nn.functional.linear(x, _masked(weight, mask, premasked), bias)
 

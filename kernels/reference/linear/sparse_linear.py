@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from initperf.reference.sample_many import unpacked
+from ..sampling.sample_many import unpacked
 
 
 def sparse_linear(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from initperf.kernels.contract import (
+from ...contract import (
     BITS,
     CENTER,
     COS,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from initperf.reference.moments import moments as moments_of
-from initperf.reference.sample import sample_
+from ..moments.moments import moments as moments_of
+from .sample import sample_
 
 _BITS = 8
 

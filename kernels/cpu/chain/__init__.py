@@ -1,0 +1,1 @@
+"""Runs of small sparse layers as one call: inference, training, gradients."""

@@ -1,0 +1,1 @@
+"""Launchers of the masked and the compressed linear ops."""

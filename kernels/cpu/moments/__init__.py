@@ -1,0 +1,1 @@
+"""Power sums of tensors, and their records."""

@@ -1,0 +1,1 @@
+"""Kernels that no layer runs yet: they are connected or deleted."""

@@ -1,0 +1,1 @@
+"""Choosing a mask's threshold."""

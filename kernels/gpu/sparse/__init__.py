@@ -1,0 +1,1 @@
+"""Products of compressed rows, gradients at the survivors, live tiles of a mask."""

@@ -1,0 +1,1 @@
+"""Definitions of the kernels that no layer runs yet."""

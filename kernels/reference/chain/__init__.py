@@ -1,0 +1,1 @@
+"""Runs of sparse layers in plain torch."""

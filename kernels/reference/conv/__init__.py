@@ -1,0 +1,1 @@
+"""Masked convolution in plain torch."""

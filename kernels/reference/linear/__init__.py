@@ -1,0 +1,1 @@
+"""Masked and compressed linear ops in plain torch."""

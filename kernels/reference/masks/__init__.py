@@ -1,0 +1,1 @@
+"""Thresholds and masking in plain torch."""

@@ -1,0 +1,1 @@
+"""Indices and compressed rows in plain torch."""
