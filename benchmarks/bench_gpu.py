@@ -19,7 +19,7 @@ from initperf.kernels.gpu.masks import select
 from initperf.kernels.gpu.moments import moments
 from initperf.kernels.gpu.sparse import index as pattern
 from initperf.kernels.reference.candidates import block_matmul as block_reference
-from initperf.pattern import pack_bits
+from initperf.layers.base.pattern import pack_bits
 
 SIZE, BATCH = 4096, 4096
 BF16, F32 = torch.bfloat16, torch.float32

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from initperf import choice, ops
-from initperf.chain import fuse
-from initperf.masked import MaskedLinear
-from initperf.sparse import SparseLinear
+from initperf.layers.compressed_linear import SparseLinear
+from initperf.layers.linear import MaskedLinear
+from initperf.layers.sequential import fuse
 
 # batch, inputs, outputs, density: the rows of the project's targets, then rows where dense is to run.
 ROWS = [
@@ -46,7 +46,7 @@ FORCED = [(*row, "sparse", storage) for row in CHART if 0.1 <= row[-1] < choice.
 def measured_choice():
     """Sparse or dense is chosen as after `initperf doctor --calibrate`, which takes a minute and is kept."""
     if choice.measured(torch.get_num_threads()) is None and not torch.cuda.is_available():
-        from initperf.calibrate import calibrate
+        from initperf.layers.choice.calibrate import calibrate
 
         calibrate()
 

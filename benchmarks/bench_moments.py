@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from initperf.stats import moments
+from initperf.variance.moments import moments
 
 N = 1 << 24
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from initperf.monitor import VarianceMonitor
+from initperf.variance.monitor import VarianceMonitor
 
 WIDTH, DEPTH, BATCH = 1024, 8, 256
 

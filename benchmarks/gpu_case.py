@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.aot import Launch
-from initperf.gpu_devices import Device
+from initperf.layers.choice.gpu_devices import Device
 
 SIZE = 4096  # N = K, unless a case says otherwise
 MAIN = ("sm_80", "sm_90", "sm_100", "gfx942")

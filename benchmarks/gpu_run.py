@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from initperf.files import write_atomically
+from initperf.core.files import write_atomically
 
 
 def machine() -> dict[str, Any]:

@@ -26,9 +26,9 @@ from benchmarks.gpu_case import MAIN, Case
 from benchmarks.gpu_cases import cases
 from benchmarks.gpu_model import executed, main_loop, predict, resident, trips
 from benchmarks.triton_versions import TRITONS, nearest, of_installed_torch, ordered
-from initperf.files import write_atomically
-from initperf.gpu_choice import KEYS
-from initperf.gpu_devices import BY_TARGET, Device
+from initperf.core.files import write_atomically
+from initperf.layers.choice.gpu_devices import BY_TARGET, Device
+from initperf.layers.choice.gpu_model import KEYS
 
 ALSO = ("sm_86", "sm_89", "sm_120", "gfx950")  # the first case of each op only
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -212,7 +212,7 @@ def _progress(row: Row, i: int, total: int) -> Row:
 
 
 def counts_module(rows: list[Row]) -> str:
-    """initperf/gpu_counts.py: cycles of a core that a unit keeps each pipe busy, of the kernels that gpu_choice weighs."""
+    """initperf/layers/choice/gpu_counts.py: cycles of a core that a unit keeps each pipe busy, of the kernels that gpu_choice weighs."""
     wanted = {label: key for key, label in KEYS.items()}
     table: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
@@ -275,7 +275,7 @@ def _write(paths: list[Path]) -> int:
         parts.append(f'"{version}": {{\n{lines}\n}}')
     DOCS.mkdir(exist_ok=True)
     write_atomically(RECORD, f'{{"torch": "{torch.__version__}", "rows": {{\n{",".join(parts)}\n}}}}\n')
-    write_atomically(DOCS.parent / "initperf" / "gpu_counts.py", counts_module(rows[newest]))
+    write_atomically(DOCS.parent / "initperf/layers/choice/gpu_counts.py", counts_module(rows[newest]))
     write_atomically(DOCS / "gpu.md", document(rows, torch.__version__))
     return sum(bool(r["problems"]) for found in rows.values() for r in found)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu_model import LATENCY, OVERLAP
 from benchmarks.triton_versions import BROUGHT
-from initperf.gpu_devices import BY_TARGET
+from initperf.layers.choice.gpu_devices import BY_TARGET
 
 Row = dict[str, Any]
 
@@ -43,7 +43,7 @@ dtype and kind of distribution, and counted among the cases; their kernels are t
 
 ## What runs
 `initperf doctor --gpu h100` (any device below; `--dtype`, `--tf32`, `--ticket FILE` for the masks of a ticket) prints which kernel
-would run and why; layers on a GPU decide by the same prediction (initperf/gpu_choice.py), in which dense is always a candidate.
+would run and why; layers on a GPU decide by the same prediction (initperf/layers/choice/gpu_model.py), in which dense is always a candidate.
 - y and dx of masked dense storage are torch's own products with the weight, zero where pruned. A kernel that masks the weight on
   its way to the matrix unit reads no fewer bytes than that, and an earlier one was predicted to reach 0.07 to 0.26 of the dense
   speed on NVIDIA's devices in bfloat16 and 0.69 on gfx942, where it spilled: it was taken out.

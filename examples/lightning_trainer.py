@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from initperf import TicketSearch
-from initperf.experiments.data import digits
+from initperf.experiments.data.sets import digits
 from initperf.search import SPARSE_BELOW
 
 

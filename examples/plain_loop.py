@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from initperf import TicketSearch
-from initperf.experiments.data import digits
+from initperf.experiments.data.sets import digits
 from initperf.search import SPARSE_BELOW
 
 

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from initperf import init, prune
-    from initperf.chain import SparseSequential
-    from initperf.checks import InitPerfError
-    from initperf.conv import MaskedConv2d, SparseConv2d
-    from initperf.convert import check_masks, densify, sparsify
-    from initperf.explain import describe, describe_file
-    from initperf.masked import MaskedLinear
-    from initperf.model_init import initialize
-    from initperf.monitor import VarianceMonitor
-    from initperf.optimizer_masks import mask_optimizer_
-    from initperf.redirect import fast_init
-    from initperf.search import TicketSearch
-    from initperf.sparse import SparseLinear
-    from initperf.stats import moments
-    from initperf.ticket import Ticket
-    from initperf.verdicts import check_init
+    from initperf.core.checks import InitPerfError
+    from initperf.init.identify.identify import describe, describe_file
+    from initperf.init.model.model import initialize
+    from initperf.init.redirect import fast_init
+    from initperf.layers.compressed_linear import SparseLinear
+    from initperf.layers.conv import MaskedConv2d, SparseConv2d
+    from initperf.layers.convert import check_masks, densify, sparsify
+    from initperf.layers.linear import MaskedLinear
+    from initperf.layers.optimizers import mask_optimizer_
+    from initperf.layers.sequential import SparseSequential
+    from initperf.tickets.search import TicketSearch
+    from initperf.tickets.ticket import Ticket
+    from initperf.variance.moments import moments
+    from initperf.variance.monitor import VarianceMonitor
+    from initperf.variance.verdicts import check_init
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,25 +49,25 @@ __all__ = [
     "sparsify",
 ]
 _HOMES = {
-    "InitPerfError": "checks",
-    "MaskedConv2d": "conv",
-    "MaskedLinear": "masked",
-    "SparseConv2d": "conv",
-    "SparseLinear": "sparse",
-    "SparseSequential": "chain",
-    "Ticket": "ticket",
-    "TicketSearch": "search",
-    "VarianceMonitor": "monitor",
-    "check_init": "verdicts",
-    "check_masks": "convert",
-    "densify": "convert",
-    "describe": "explain",
-    "describe_file": "explain",
-    "fast_init": "redirect",
-    "initialize": "model_init",
-    "mask_optimizer_": "optimizer_masks",
-    "moments": "stats",
-    "sparsify": "convert",
+    "InitPerfError": "core.checks",
+    "MaskedConv2d": "layers.conv",
+    "MaskedLinear": "layers.linear",
+    "SparseConv2d": "layers.conv",
+    "SparseLinear": "layers.compressed_linear",
+    "SparseSequential": "layers.sequential",
+    "Ticket": "tickets.ticket",
+    "TicketSearch": "tickets.search",
+    "VarianceMonitor": "variance.monitor",
+    "check_init": "variance.verdicts",
+    "check_masks": "layers.convert",
+    "densify": "layers.convert",
+    "describe": "init.identify.identify",
+    "describe_file": "init.identify.identify",
+    "fast_init": "init.redirect",
+    "initialize": "init.model.model",
+    "mask_optimizer_": "layers.optimizers",
+    "moments": "variance.moments",
+    "sparsify": "layers.convert",
 }
 
 

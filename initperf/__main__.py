@@ -8,9 +8,9 @@ import sys
 def main(args: list[str] | None = None) -> int:
     """Run the command line; without the extra that it needs, say so: exit code 1."""
     try:
-        from initperf.cli import main as run
+        from initperf.cli.main import main as run
     except ImportError as error:
-        from initperf.checks import InitPerfImportError
+        from initperf.core.checks import InitPerfImportError
 
         if not isinstance(error, InitPerfImportError):
             raise

@@ -12,8 +12,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from initperf import ops, rng
-from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, check_seed, fail
+from initperf import rng
+from initperf.core import ops
+from initperf.core.checks import InitPerfTypeError, check, check_float_tensor, check_mask, check_seed, fail
 
 ops.register("kth_smallest", "masks.select")
 ops.register("cut", "masks.select")

@@ -1,4 +1,4 @@
-"""Numbers of the sampling contract that all three implementations share; initperf/rng.py says how they are used.
+"""Numbers of the sampling contract that all three implementations share; initperf/rng/contract.py says how they are used.
 
 Polynomials are minimax fits with float32 coefficients, lowest power first; scripts/fit_polynomials.py derives them.
 """

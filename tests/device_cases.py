@@ -31,11 +31,11 @@ from initperf import (
     rng,
     sparsify,
 )
-from initperf.calibrate import pack_bits
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.core.precision import widest
-from initperf.criteria import CRITERIA, masks_by, movement
+from initperf.layers.choice.calibrate import pack_bits
 from initperf.saliency import prune_at_start
+from initperf.tickets.criteria import CRITERIA, masks_by, movement
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 GENERATOR = torch.Generator().manual_seed(0)

@@ -144,10 +144,10 @@ def main(folder: Path) -> dict[str, object]:
     loaded_now = sorted(name for name in OPTIONAL if name in sys.modules)
 
     problems = {}
-    from initperf import report
+    from initperf.report import page
 
     for name, call in (
-        ("report", lambda: report.write_report(folder / "search")),
+        ("report", lambda: page.write_report(folder / "search")),
         ("figure", verdicts.figure),
         ("table", verdicts.table),
     ):

@@ -18,7 +18,7 @@ SEQUENCE = {
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 # looked at while describe was written: after them candidates were added (T5's queries, sinusoids, equal rows), and the choice
-# among schemes that fit (initperf/posterior.py) got its shares and stacks
+# among schemes that fit (initperf/init/identify/choose_scheme.py) got its shares and stacks
 SEEN = {
     "Bert": ("Model", TEXT),
     "Roberta": ("Model", TEXT),

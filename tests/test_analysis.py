@@ -10,9 +10,15 @@ import torch
 from fake_run import write_run
 from scipy import stats
 
-from initperf import analysis, criteria, survivors
-from initperf.analysis import Gap, growth, movement_gap, movement_of, write_analysis
-from initperf.analysis_findings import (
+from initperf.experiments.side.side import Setting, one_thread
+from initperf.report.numbers import movement, survivors
+from initperf.report.numbers.intervals import Difference, paired_difference
+from initperf.report.numbers.movement import Gap, growth, movement_gap, movement_of, write_analysis
+from initperf.report.numbers.results import read_run
+from initperf.report.numbers.survivors import BINS, Overlap, Survivors, examine
+from initperf.report.page import write_report
+from initperf.report.words.findings import points
+from initperf.report.words.movement import (
     evenly,
     explained,
     movement_table,
@@ -21,14 +27,9 @@ from initperf.analysis_findings import (
     own_rates_table,
     survivors_table,
 )
-from initperf.experiments.side import Setting, one_thread
-from initperf.findings import points
-from initperf.paired import Difference, paired_difference
-from initperf.report import write_report
-from initperf.results import read_run
-from initperf.runfolder import MOVEMENT
-from initperf.survivors import BINS, Overlap, Survivors, examine
 from initperf.ticket import Ticket
+from initperf.tickets import criteria
+from initperf.tickets.run_folder import MOVEMENT
 
 NAMES = ("moved", "grew", "flipped")
 COLUMNS = [f"{null}{part}_{name}" for null in ("", "null_") for part in ("kept", "pruned") for name in NAMES]
@@ -69,7 +70,7 @@ def folder(tmp_path):
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     """A real search: two trials, two levels, two layers, of random images."""
-    from initperf.experiments.data import DataSet, Split
+    from initperf.experiments.data.sets import DataSet, Split
     from initperf.experiments.recipes import find
 
     g = torch.Generator().manual_seed(0)
@@ -299,4 +300,4 @@ def test_evenly_keeps_both_ends():
     assert evenly(list(range(20)), 4) == [0, 6, 13, 19]
     assert evenly([3, 4], 4) == [3, 4]
     assert evenly([], 4) == []
-    assert analysis.FOLDER == "analysis"
+    assert movement.FOLDER == "analysis"

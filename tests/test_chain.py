@@ -11,9 +11,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from initperf import SparseLinear, SparseSequential, chain, densify, ops, sparsify
-from initperf.checks import InitPerfError
+from initperf import SparseLinear, SparseSequential, densify, ops, sparsify
 from initperf.choice import prefer
+from initperf.core.checks import InitPerfError
+from initperf.layers import sequential
 
 pytest.importorskip("numba")
 
@@ -299,7 +300,7 @@ def test_wrong_inputs_get_the_layers_errors():
 
 
 def test_layers_beyond_the_limit_are_called_alone(monkeypatch):
-    monkeypatch.setattr(chain, "LARGEST", 2000)
+    monkeypatch.setattr(sequential, "LARGEST", 2000)
     ours, x = (
         SparseSequential(layer(100, 60), nn.ReLU(), layer(60, 10, seed=1), layer(10, 400, 0.99, seed=2)),
         torch.randn(4, 100),
@@ -464,7 +465,7 @@ def test_forward_mode_derivatives():
 
 
 def test_very_sparse_layers_are_called_alone(monkeypatch):
-    monkeypatch.setattr(chain, "LARGEST", 100)
+    monkeypatch.setattr(sequential, "LARGEST", 100)
     ours = model(100, 70, 10, density=0.002)
     with torch.no_grad():
         x = torch.randn(4, 100)

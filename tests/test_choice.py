@@ -115,7 +115,7 @@ def test_the_environment_overrides_too(value, expected):
 
 def test_calibration_measures_keeps_and_uses_a_table(table, tmp_path, monkeypatch):
     pytest.importorskip("numba")
-    from initperf import calibrate
+    from initperf.layers.choice import calibrate
 
     monkeypatch.setattr(choice, "ROWS", (4, 64))
     monkeypatch.setattr(choice, "WEIGHTS", (1 << 8, 1 << 12))
@@ -132,7 +132,7 @@ def test_calibration_measures_keeps_and_uses_a_table(table, tmp_path, monkeypatc
 
 def test_break_even_is_where_a_line_through_two_measured_times_meets_the_dense_time(monkeypatch):
     pytest.importorskip("numba")
-    from initperf import calibrate
+    from initperf.layers.choice import calibrate
 
     class Layer:
         def __init__(self, density):
@@ -158,11 +158,11 @@ def test_every_product_of_a_layer_asks_by_the_batchs_rows_and_the_masks_survivor
         counts.append(nnz)
         return True
 
-    monkeypatch.setattr("initperf.masked_ops.sparse_pays", answer)
+    monkeypatch.setattr("initperf.layers.ops.masked_linear.sparse_pays", answer)
     monkeypatch.setattr("initperf.choice.sparse_pays", answer)
     monkeypatch.setattr(choice, "all_dense", lambda *_: False)
-    monkeypatch.setattr("initperf.direct.TINY", 0)
-    monkeypatch.setattr("initperf.masked_ops.MOST_COMPOSED", 0)
+    monkeypatch.setattr("initperf.core.without_dispatch.TINY", 0)
+    monkeypatch.setattr("initperf.layers.ops.masked_linear.MOST_COMPOSED", 0)
     mask = torch.rand(30, 20, generator=torch.Generator().manual_seed(0)) < 0.3
     layer = (SparseLinear if compressed else MaskedLinear)(20, 30, mask=mask)
     layer(torch.randn(7, 20, requires_grad=True)).sum().backward()

@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from initperf.checks import InitPerfError
-from initperf.experiments import cifar
+from initperf.core.checks import InitPerfError
+from initperf.experiments.data import cifar
 
 NAMES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 

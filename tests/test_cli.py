@@ -16,8 +16,8 @@ from fake_run import write_run
 from safetensors.torch import load_file, save_file
 
 from initperf import __version__
-from initperf.cli import main
-from initperf.results import read_run
+from initperf.cli.main import main
+from initperf.report.numbers.results import read_run
 
 TINY = ("--rounds", "1", "--iterations", "40", "--trials", "2", "--controls", "reinit", "--workers", "1")
 
@@ -146,7 +146,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_ends_with_the_same_number
     seen = []
     for attempt in range(4):  # Python loses a KeyboardInterrupt that falls into a callback or a finalizer
         folder = tmp_path / f"run{attempt}"
-        command = [sys.executable, "-m", "initperf.cli", "ticket", *arguments, "--out", str(folder)]
+        command = [sys.executable, "-m", "initperf.cli.main", "ticket", *arguments, "--out", str(folder)]
         started = subprocess.Popen(
             command,
             env=clean,
@@ -314,7 +314,7 @@ def test_a_ticket_is_read_by_a_process_that_has_imported_nothing_else(command, f
     target = ("--dense", str(tmp_path / "dense.safetensors")) if command == "export" else ()
     path = str(finished / "tickets/trial0-level1.safetensors")
     done = subprocess.run(
-        [sys.executable, "-m", "initperf.cli", command, path, *target], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "initperf.cli.main", command, path, *target], capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -376,7 +376,7 @@ def test_doctor_says_what_is_slow_and_what_to_do(call, monkeypatch):
     assert "INITPERF_BACKEND=reference is set" in call("doctor", "--no-check")[1]
     monkeypatch.delenv("INITPERF_BACKEND")
     monkeypatch.setattr(ops, "_available", lambda compiler: False)
-    monkeypatch.setattr("initperf.doctor._version", lambda name: None if name == "numba" else "1")
+    monkeypatch.setattr("initperf.cli.doctor._version", lambda name: None if name == "numba" else "1")
     assert "`pip install numba`" in call("doctor", "--no-check")[1]
 
 
@@ -390,12 +390,12 @@ def test_doctor_says_that_the_choice_of_products_is_overridden(call):
 
 @pytest.mark.parametrize(("why", "said"), [("", "yes (the kernel tells"), ("because", "no (because)")])
 def test_doctor_says_whether_unchanged_weights_are_kept(call, monkeypatch, why, said):
-    monkeypatch.setattr("initperf.doctor.why_not", lambda: why)
+    monkeypatch.setattr("initperf.cli.doctor.why_not", lambda: why)
     assert said in call("doctor", "--no-check")[1]
 
 
 def test_doctor_checks_every_op_in_a_process_that_has_called_none():
-    from initperf import selfcheck
+    from initperf.cli import selfcheck
 
     pytest.importorskip("numba")
     done = subprocess.run([sys.executable, "-m", "initperf", "doctor", "--json"], capture_output=True, text=True)
@@ -405,7 +405,7 @@ def test_doctor_checks_every_op_in_a_process_that_has_called_none():
 
 
 def test_doctor_fails_when_a_kernel_disagrees(call, monkeypatch):
-    from initperf import selfcheck
+    from initperf.cli import selfcheck
 
     def wrong(launch, device):
         return [torch.zeros(1) if "reference" in launch.__module__ else torch.tensor([-0.0])]

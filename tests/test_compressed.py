@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from initperf.compressed import pick, spread
-from initperf.pattern import pack_bits
+from initperf.layers.base.pattern import pack_bits
+from initperf.layers.base.survivors import pick, spread
 
 
 @pytest.mark.parametrize(

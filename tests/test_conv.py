@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from initperf import MaskedConv2d, SparseConv2d, check_masks, densify, ops, sparsify
-from initperf.checks import InitPerfError
 from initperf.choice import prefer
-from initperf.conv_ops import conv_pays
+from initperf.core.checks import InitPerfError
+from initperf.layers.ops.conv2d import conv_pays
 
 pytest.importorskip("numba")
 

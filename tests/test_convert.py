@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from initperf.checks import InitPerfError
-from initperf.convert import check_masks, densify, masked_layers, sparse_layers, sparsify
-from initperf.masked import MaskedLinear
-from initperf.sparse import SparseLinear
+from initperf.core.checks import InitPerfError
+from initperf.layers.compressed_linear import SparseLinear
+from initperf.layers.convert import check_masks, densify, masked_layers, sparse_layers, sparsify
+from initperf.layers.linear import MaskedLinear
 
 pytest.importorskip("numba")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from initperf import criteria
-from initperf.checks import InitPerfError
-from initperf.criteria import masks_by, movement, overlap
+from initperf.core.checks import InitPerfError
+from initperf.tickets import criteria
+from initperf.tickets.criteria import masks_by, movement, overlap
 
 FINAL = torch.tensor([0.5, -2.0, 1.0, -0.1])
 INITIAL = torch.tensor([0.6, 1.0, 0.9, -1.5])

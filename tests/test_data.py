@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from initperf.checks import InitPerfError
-from initperf.experiments import data
+from initperf.core.checks import InitPerfError
+from initperf.experiments.data import sets
 
 
 def idx(array, magic=None):
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def test_digits_are_embedded_and_complete():
-    digits = data.digits()
+    digits = sets.digits()
     assert [tuple(s.x.shape) for s in (digits.train, digits.val, digits.test)] == [(1097, 64), (300, 64), (400, 64)]
     labels = torch.cat([s.y for s in (digits.train, digits.val, digits.test)])
     assert torch.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
@@ -40,22 +40,22 @@ def test_digits_are_embedded_and_complete():
 
 
 def test_the_digits_split_never_moves():
-    assert data.permutation(1797, data.SPLIT_SEED, "digits")[:5].tolist() == [413, 1110, 610, 982, 1480]
+    assert sets.permutation(1797, sets.SPLIT_SEED, "digits")[:5].tolist() == [413, 1110, 610, 982, 1480]
 
 
 def test_splits_are_disjoint_and_every_image_is_in_one():
-    order = data.permutation(1797, data.SPLIT_SEED, "digits")
+    order = sets.permutation(1797, sets.SPLIT_SEED, "digits")
     assert torch.equal(order.sort().values, torch.arange(1797))
 
 
 def test_permutations_differ_by_seed_and_stream_only():
-    assert torch.equal(data.permutation(1000, 1, 2), data.permutation(1000, 1, 2))
-    assert not torch.equal(data.permutation(1000, 1, 2), data.permutation(1000, 1, 3))
-    assert not torch.equal(data.permutation(1000, 1, 2), data.permutation(1000, 2, 2))
+    assert torch.equal(sets.permutation(1000, 1, 2), sets.permutation(1000, 1, 2))
+    assert not torch.equal(sets.permutation(1000, 1, 2), sets.permutation(1000, 1, 3))
+    assert not torch.equal(sets.permutation(1000, 1, 2), sets.permutation(1000, 2, 2))
 
 
 def test_any_set_of_mnists_format_loads_from_its_folder(folder):
-    found = data.mnist(folder)
+    found = sets.mnist(folder)
     assert (len(found.train), len(found.val), len(found.test), found.classes) == (100, 5000, 30, 7)
     assert found.name == folder.name
     assert "not MNIST itself" in found.about
@@ -71,11 +71,11 @@ def test_unpacked_files_and_the_other_spelling_load_to_the_same(folder, tmp_path
     other = tmp_path_factory.mktemp("unpacked")
     for path in folder.iterdir():
         (other / path.name.removesuffix(".gz").replace("-idx", ".idx")).write_bytes(gzip.decompress(path.read_bytes()))
-    assert data.mnist(other).sha256 == data.mnist(folder).sha256
+    assert sets.mnist(other).sha256 == sets.mnist(folder).sha256
 
 
 def test_mnist_itself_is_normalized_by_the_papers_constants(shared_data):
-    found = data.mnist(shared_data / "mnist")
+    found = sets.mnist(shared_data / "mnist")
     assert "mean 0.1307, std 0.3081 (its published constants)" in found.about
     assert found.name == "mnist"
     assert (len(found.train), len(found.val), len(found.test), found.classes) == (55_000, 5000, 10_000, 10)
@@ -97,7 +97,7 @@ def test_mnist_itself_is_normalized_by_the_papers_constants(shared_data):
 def test_damaged_and_missing_files_are_named(folder, damage, message):
     damage(folder)
     with pytest.raises(InitPerfError, match=message):
-        data.mnist(folder)
+        sets.mnist(folder)
 
 
 def cut(path, size):
@@ -107,6 +107,6 @@ def cut(path, size):
 def test_a_missing_folder_says_where_to_get_the_files(tmp_path):
     for folder in (None, tmp_path / "nowhere"):
         with pytest.raises(InitPerfError, match="--data-dir"):
-            data.load("mnist", folder)
+            sets.load("mnist", folder)
     with pytest.raises(InitPerfError, match="digits, mnist, cifar10"):
-        data.load("imagenet")
+        sets.load("imagenet")

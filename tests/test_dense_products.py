@@ -12,11 +12,11 @@ from torch import nn
 from walls import before_a_wall
 
 from initperf import SparseLinear, choice, ops
-from initperf.checks import InitPerfError
 from initperf.choice import prefer
+from initperf.core.checks import InitPerfError
 from initperf.kernels.cpu.core.team import NO_TEAM
-from initperf.masked import MaskedLinear
-from initperf.pattern import pack_bits
+from initperf.layers.base.pattern import pack_bits
+from initperf.layers.linear import MaskedLinear
 
 own = pytest.importorskip("initperf.kernels.cpu.dense.products", exc_type=ImportError)
 

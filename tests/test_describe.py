@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import init as torch_init
 
 from initperf import init as initperf_init
-from initperf.candidates import Candidate
-from initperf.checks import InitPerfError
-from initperf.fit import distance
+from initperf.core.checks import InitPerfError
 from initperf.init import Init, describe, describe_file, initialize
-from initperf.posterior import Case, Fit, most_probable
+from initperf.init.identify.candidates import Candidate
+from initperf.init.identify.choose_scheme import Case, Fit, most_probable
+from initperf.init.identify.fit import distance
 
 SCHEMES = {
     "kaiming_normal": torch_init.kaiming_normal_,
@@ -292,7 +292,7 @@ def test_a_pickled_object_is_refused_in_one_line_that_says_what_to_do(tmp_path):
 
 
 def test_the_command_line_compares_a_checkpoint_with_a_text(tmp_path, capsys, trained):
-    from initperf.cli import main
+    from initperf.cli.main import main
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 200), nn.Linear(200, 150))

@@ -1,7 +1,7 @@
 """describe on freshly made models, judged by the calls that drew their values; its limits come from torch.nn's classes and from theory.
 
 Three sets, none of which shares a model with another:
-- FIT: torch.nn's own classes. The limits (initperf/fit.py) are what a true scheme fails once in 10,000 tensors, and hold here.
+- FIT: torch.nn's own classes. The limits (initperf/init/identify/fit.py) are what a true scheme fails once in 10,000 tensors, and hold here.
 - SEEN: families of transformers after which candidates were added and the choice among fitting schemes was made; no limit was
   changed for them.
 - UNSEEN: families that were run for the first time after that (tests/families.py says what was changed later).
@@ -15,8 +15,8 @@ from families import SEEN, UNSEEN, build
 from recorded import judge, recording
 from torch import nn
 
-from initperf import fit
 from initperf.init import describe
+from initperf.init.identify import fit
 
 FIT = {
     "linear": lambda: nn.Sequential(nn.Linear(200, 300), nn.Linear(64, 64), nn.Linear(48, 4000)),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from initperf.results import read_run
-from initperf.running import Run
+from initperf.report.numbers.results import read_run
 from initperf.ticket import Ticket
+from initperf.tickets.run import Run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {"plain_loop": "torch", "lightning_trainer": "lightning", "hugging_face_trainer": "transformers"}

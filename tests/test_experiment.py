@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from initperf import choice
-from initperf.checks import InitPerfError
-from initperf.experiments import cifar, data, tickets, training
+from initperf.core.checks import InitPerfError
+from initperf.experiments import tickets, training
+from initperf.experiments.data import cifar, sets
 from initperf.experiments.networks import mlp
 from initperf.experiments.tickets import run_ticket
-from initperf.results import read_run
+from initperf.report.numbers.results import read_run
 from initperf.ticket import Ticket
 
 TINY = {"rounds": 2, "iterations": 8, "trials": 2}
@@ -150,7 +151,7 @@ def test_wrong_arguments_write_nothing(tmp_path, given, message):
 
 
 def test_training_and_evaluation_visit_what_they_should():
-    from initperf.experiments.data import digits
+    from initperf.experiments.data.sets import digits
     from initperf.experiments.training import evaluate
 
     split = digits().val
@@ -266,7 +267,7 @@ def test_a_convolutional_recipe_trains_with_every_control(tiny_cifar, tmp_path):
 
 
 def test_cifar_is_told_by_its_files_and_anything_else_is_named(tiny_cifar, tmp_path):
-    assert data.kind_of(tiny_cifar) == "cifar10"
+    assert sets.kind_of(tiny_cifar) == "cifar10"
     with pytest.raises(InitPerfError, match="IDX files or CIFAR-10"):
         run_ticket(data_dir=tmp_path / "nothing", out=tmp_path / "run")
 
@@ -314,7 +315,7 @@ def test_the_command_killed_at_ten_random_moments_with_its_workers_ends_in_the_s
     def command(name):
         given = ["--iterations", "300", "--rounds", "3", "--trials", "2", "--workers", "2"]
         return subprocess.Popen(
-            [sys.executable, "-m", "initperf.cli", "ticket", *given, "--out", str(tmp_path / name)],
+            [sys.executable, "-m", "initperf.cli.main", "ticket", *given, "--out", str(tmp_path / name)],
             stdout=subprocess.DEVNULL,
         )
 

@@ -99,7 +99,7 @@ import everyday, logging
 everyday.hide("--without", ["triton"])
 import torch
 from initperf import ops, rng, init, choice
-from initperf.masked_ops import masked_linear
+from initperf.layers.ops.masked_linear import masked_linear
 assert {ops.backend_of(name, "cuda") for name in ops.MODULES} == {"reference"}
 for _ in range(2):
     for name in ("sample_", "masked_linear"):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from initperf import choice
-from initperf.checks import InitPerfError
-from initperf.gpu_choice import BLOCKS, DTYPES, KEYS, LAYER_KERNELS, NEAREST, OPS, choose, kernel_pays
-from initperf.gpu_counts import COUNTS
-from initperf.gpu_devices import DEVICES, device_of
-from initperf.gpu_report import live_share, report, whole_blocks
+from initperf.cli.gpu_report import live_share, report, whole_blocks
+from initperf.core.checks import InitPerfError
+from initperf.layers.choice.gpu_counts import COUNTS
+from initperf.layers.choice.gpu_devices import DEVICES, device_of
+from initperf.layers.choice.gpu_model import BLOCKS, DTYPES, KEYS, LAYER_KERNELS, NEAREST, OPS, choose, kernel_pays
 
 
 @pytest.mark.parametrize("gpu", DEVICES)

@@ -17,9 +17,9 @@ from gpu_rows import once  # noqa: E402
 
 from benchmarks import aot, gpu_model, gpu_run, gpu_static, gpu_tune, triton_versions  # noqa: E402
 from benchmarks.gpu_case import MAIN  # noqa: E402
-from initperf.gpu_choice import KEYS  # noqa: E402
-from initperf.gpu_counts import COUNTS  # noqa: E402
-from initperf.gpu_devices import BY_TARGET, DEVICES  # noqa: E402
+from initperf.layers.choice.gpu_counts import COUNTS  # noqa: E402
+from initperf.layers.choice.gpu_devices import BY_TARGET, DEVICES  # noqa: E402
+from initperf.layers.choice.gpu_model import KEYS  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from initperf import init, rng
-from initperf.stats import Moments, moments
+from initperf.variance.moments import Moments, moments
 
 N = 1 << 16
 WITHIN = 6 / math.sqrt(N)  # six standard errors of a mean of unit variance

@@ -75,7 +75,7 @@ def test_importing_the_cpu_kernels_compiles_none_that_numba_compiles_on_demand(t
 def test_help_and_version_import_neither_torch_nor_numpy(arguments):
     code = f"""
 import sys
-from initperf.cli import main
+from initperf.cli.main import main
 assert main({arguments!r}) == 0
 assert not {{"torch", "numpy", "matplotlib", "numba"}} & set(sys.modules)
 """

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import init as torch_init
 
 from initperf import init, ops, rng
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.kernels.reference.sampling.orthogonal import orthogonal_ as reference_orthogonal_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

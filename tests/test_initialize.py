@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import init as torch_init
 
 from initperf import init, ops, rng
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.init import Init, initialize
-from initperf.masked import MaskedLinear
+from initperf.layers.linear import MaskedLinear
 
 NORMS = {
     "batch": lambda: nn.BatchNorm2d(7),
@@ -902,7 +902,7 @@ def test_squares_of_a_compressed_layer_are_taken_in_parts(monkeypatch):
     at_once, in_parts = nn.Sequential(Compressed(mask)), nn.Sequential(Compressed(mask))
     scheme = Init("normal", (0.5, 1.0))
     initialize(at_once, scheme, seed=3, rescale="squares", rules={"*.bias": 0.0})
-    monkeypatch.setattr("initperf.rescale._PART", 400)
+    monkeypatch.setattr("initperf.init.model.rescale._PART", 400)
     initialize(in_parts, scheme, seed=3, rescale="squares", rules={"*.bias": 0.0})
     assert torch.allclose(in_parts[0].weight_values, at_once[0].weight_values, rtol=2**-22, atol=0)
 

@@ -12,12 +12,13 @@ from test_overwritten import WRITES
 from tolerance import assert_close_to_exact, bits, linear, product
 from torch.nn.utils import parametrize
 
-from initperf import MaskedLinear, SparseLinear, choice, densify, kept, ops
+from initperf import MaskedLinear, SparseLinear, choice, densify, ops
 from initperf.kernels.cpu.sparse import few_rows, many_rows
 from initperf.kernels.cpu.sparse.compressed_index import sparse_tensors
 from initperf.kernels.cpu.sparse.index import pattern_tensors
-from initperf.pattern import pack_bits
-from initperf.write_watch import why_not
+from initperf.layers.base.pattern import pack_bits
+from initperf.layers.inference import ordered_copy
+from initperf.layers.inference.write_watch import why_not
 
 KINDS = [MaskedLinear, SparseLinear]
 watches = pytest.mark.skipif(bool(why_not()), reason=f"nothing can be watched here: {why_not()}")
@@ -26,7 +27,7 @@ watches = pytest.mark.skipif(bool(why_not()), reason=f"nothing can be watched he
 @pytest.fixture(autouse=True)
 def for_small_layers(monkeypatch):
     """Layers of any size keep their survivors, at any density."""
-    monkeypatch.setattr(kept, "LEAST", 1)
+    monkeypatch.setattr(ordered_copy, "LEAST", 1)
     monkeypatch.setattr(choice, "kept_pays", lambda *_: True)
 
 
@@ -198,7 +199,7 @@ def test_a_write_past_the_mask(write):
 @watches
 @pytest.mark.parametrize("kind", KINDS)
 def test_bias_and_mask_count_at_the_next_call(kind, monkeypatch):
-    monkeypatch.setattr(kept, "TRIES", 9)
+    monkeypatch.setattr(ordered_copy, "TRIES", 9)
     layer = made(kind)
     check(layer)
     layer.bias.data.add_(5)
@@ -215,7 +216,7 @@ def test_training_between_calls(kind):
     layer = made(kind)
     optimizer = torch.optim.Adam(layer.parameters(), 0.1)
     for _ in range(3):
-        for _ in range(kept.REPAID):
+        for _ in range(ordered_copy.REPAID):
             check(layer)
         optimizer.zero_grad()
         layer(torch.randn(4, 300)).square().sum().backward()
@@ -241,11 +242,11 @@ def test_a_gradient_is_never_lost(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_keep_changing_are_not_kept_until_they_rest(kind):
     layer = made(kind)
-    for expected in (True,) * kept.TRIES + (False,) * 3:
+    for expected in (True,) * ordered_copy.TRIES + (False,) * 3:
         check(layer, keeps=expected)
         values_of(layer).data.mul_(1.5) if expected else values_of(layer).detach().mul_(1.5)
     check(layer, keeps=False)
-    for _ in range(kept.REPAID):
+    for _ in range(ordered_copy.REPAID):
         check(layer, keeps=False)  # as it began with this weight: the same bits while nothing is written
     values_of(layer).detach().mul_(0.5)
     check(layer)
@@ -257,7 +258,7 @@ def test_the_same_weight_gives_the_same_bits(kind):
     layer = made(kind)
     x = torch.randn(1, 300)
     first, _ = counted(layer, x)
-    for _ in range(2 * kept.REPAID):
+    for _ in range(2 * ordered_copy.REPAID):
         assert torch.equal(bits(counted(layer, x)[0]), bits(first))
 
 
@@ -279,13 +280,21 @@ def test_tied_weights():
     two.weight = one.weight
     for _ in range(3):
         one.weight.data.mul_(1.5)
-        check(one, keeps=one._kept is None or one._kept.failures + (one._kept.calls < kept.REPAID) < kept.TRIES)
-        check(two, keeps=two._kept is None or two._kept.failures + (two._kept.calls < kept.REPAID) < kept.TRIES)
+        check(
+            one,
+            keeps=one._kept is None
+            or one._kept.failures + (one._kept.calls < ordered_copy.REPAID) < ordered_copy.TRIES,
+        )
+        check(
+            two,
+            keeps=two._kept is None
+            or two._kept.failures + (two._kept.calls < ordered_copy.REPAID) < ordered_copy.TRIES,
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_nothing_can_be_watched(kind, monkeypatch):
-    monkeypatch.setattr(kept, "watch", lambda *_: None)
+    monkeypatch.setattr(ordered_copy, "watch", lambda *_: None)
     layer = made(kind)
     check(layer, keeps=False)
     survivor_by_data(values_of(layer))
@@ -311,12 +320,12 @@ def test_memory_that_is_read_as_another_dtype():
 @pytest.mark.parametrize("kind", KINDS)
 def test_refusals_are_not_asked_for_ever(kind, monkeypatch):
     asked = []
-    monkeypatch.setattr(kept, "watch", lambda *where: asked.append(where))
+    monkeypatch.setattr(ordered_copy, "watch", lambda *where: asked.append(where))
     layer = made(kind)
-    for _ in range(3 * kept.TRIES):
+    for _ in range(3 * ordered_copy.TRIES):
         values_of(layer).detach().mul_(1.5)
         check(layer, keeps=False)
-    assert len(asked) == kept.TRIES
+    assert len(asked) == ordered_copy.TRIES
 
 
 @watches
@@ -397,8 +406,8 @@ def test_a_layer_that_is_parametrized_after_inference_trains(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropped_copies_count_as_failures(kind):
     layer = made(kind)
-    for i in range(kept.TRIES + 1):
-        check(layer, keeps=i < kept.TRIES)
+    for i in range(ordered_copy.TRIES + 1):
+        check(layer, keeps=i < ordered_copy.TRIES)
         with torch.no_grad():
             values_of(layer).mul_(1.5)
         layer(torch.randn(1, 300))
@@ -408,11 +417,11 @@ def test_dropped_copies_count_as_failures(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_copy_must_be_repaid_anew(kind):
     layer = made(kind)
-    for _ in range(kept.REPAID):
+    for _ in range(ordered_copy.REPAID):
         check(layer)
-    for i in range(kept.TRIES + 1):
+    for i in range(ordered_copy.TRIES + 1):
         values_of(layer).data.mul_(1.1)
-        check(layer, keeps=i < kept.TRIES)
+        check(layer, keeps=i < ordered_copy.TRIES)
 
 
 @watches
@@ -501,7 +510,7 @@ def test_few_rows_and_more_have_kernels_of_their_own(monkeypatch):
 
 
 def test_only_from_a_size_on(monkeypatch):
-    monkeypatch.setattr(kept, "LEAST", 100 * 300 + 1)
+    monkeypatch.setattr(ordered_copy, "LEAST", 100 * 300 + 1)
     check(made(MaskedLinear), keeps=False)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from initperf.callbacks import hugging_face_callback, lightning_callback
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.loggers import CallbackLogger, FileLogger, TensorBoardLogger
-from initperf.monitor import VarianceMonitor
+from initperf.variance.monitor import VarianceMonitor
 
 
 def mlp() -> nn.Sequential:

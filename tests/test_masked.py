@@ -12,14 +12,15 @@ from tolerance import Sums, assert_close_to_exact, assert_near, bits, linear, of
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from initperf import direct, masked_ops
-from initperf.checks import InitPerfError
 from initperf.choice import prefer
-from initperf.convert import check_masks, densify, masked_layers, sparsify
-from initperf.masked import MaskedLinear
-from initperf.optimizer_masks import mask_optimizer_
-from initperf.pattern import pack_bits
-from initperf.sparse import SparseLinear
+from initperf.core import without_dispatch
+from initperf.core.checks import InitPerfError
+from initperf.layers.base.pattern import pack_bits
+from initperf.layers.compressed_linear import SparseLinear
+from initperf.layers.convert import check_masks, densify, masked_layers, sparsify
+from initperf.layers.linear import MaskedLinear
+from initperf.layers.ops import masked_linear as masked_ops
+from initperf.layers.optimizers import mask_optimizer_
 
 pytest.importorskip("numba")
 
@@ -38,7 +39,7 @@ def layer():
 def path(request, monkeypatch):
     """Both products that an op may choose, and what is left to torch's own ops, with a hook on the gradient."""
     if request.param == "dense":
-        monkeypatch.setattr(direct, "TINY", 0)
+        monkeypatch.setattr(without_dispatch, "TINY", 0)
         monkeypatch.setattr(masked_ops, "MOST_COMPOSED", 0)
     with prefer("sparse" if request.param == "kernel" else "dense"):
         yield

@@ -8,9 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close_to_exact, bits, linear, product
 
-from initperf import choice, masked_ops
+from initperf import choice
 from initperf.kernels.reference.linear import masked_linear as reference
-from initperf.pattern import SparsePattern
+from initperf.layers.base.pattern import SparsePattern
+from initperf.layers.ops import masked_linear as masked_ops
 
 SHAPES = [  # B, K, N
     (60, 300, 100),

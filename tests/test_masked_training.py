@@ -5,8 +5,8 @@ import torch
 from tolerance import bits
 from torch import nn
 
-from initperf.convert import check_masks, densify, sparsify
-from initperf.optimizer_masks import mask_optimizer_
+from initperf.layers.convert import check_masks, densify, sparsify
+from initperf.layers.optimizers import mask_optimizer_
 
 pytest.importorskip("numba")
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import Result, assert_close_to_exact, bits, sums
 
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.kernels.cpu.core.team import NO_TEAM, team
 from initperf.kernels.cpu.moments import moments as cpu
-from initperf.stats import Moments, moments
+from initperf.variance.moments import Moments, moments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAUNCHERS = ["cpu", "gpu", "reference"]

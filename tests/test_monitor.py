@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from initperf import sparsify
-from initperf.checks import InitPerfError
-from initperf.monitor import VarianceMonitor
+from initperf.core.checks import InitPerfError
+from initperf.variance.monitor import VarianceMonitor
 
 
 def mlp(*widths: int, inplace: bool = False) -> nn.Sequential:
@@ -509,7 +509,7 @@ def test_units_of_images_are_channels_behind_any_norm():
 
 def test_gradients_wait_for_no_more_than_the_bytes_measured_together(monkeypatch):
     model = mlp(16, 16, 16, 16, 16)
-    monkeypatch.setattr("initperf.monitor.TOGETHER", 2 * 4 * 32 * 16)
+    monkeypatch.setattr("initperf.variance.monitor.TOGETHER", 2 * 4 * 32 * 16)
     waiting = []
     with VarianceMonitor(model) as monitor:
         first = model[0].register_full_backward_hook(

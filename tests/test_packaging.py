@@ -80,7 +80,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel, clone):
     """A new package that setup.py does not find shows here."""
     files = [p.relative_to(clone).as_posix() for name in ("initperf", "kernels") for p in (clone / name).rglob("*.py")]
     expected = {f"initperf/{f}" if f.startswith("kernels/") else f for f in files if f != STAND_IN}
-    expected |= {"initperf/py.typed", "initperf/data/digits.csv.gz", "initperf/data/README.md"}
+    expected |= {"initperf/py.typed", "initperf/experiments/data/digits.csv.gz", "initperf/experiments/data/README.md"}
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     assert names == expected
 

@@ -58,7 +58,7 @@ def test_without_avx_there_is_no_avx512_either():
 
 USED = """
 import torch
-from initperf import MaskedLinear, SparseConv2d, SparseLinear, doctor, init, moments, ops
+from initperf import MaskedLinear, SparseConv2d, SparseLinear, init, moments, ops; from initperf.cli import doctor
 torch.manual_seed(3)
 for fill in (init.normal_, init.trunc_normal_):
     print(fill(torch.empty(3000)).view(torch.int32).sum().item())

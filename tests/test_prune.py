@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from initperf import ops, prune
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.kernels.reference.masks import select as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -46,7 +46,7 @@ def test_a_command_of_the_readme_exists_with_its_options(command, capsys):
         return
     from typer.main import get_command
 
-    from initperf.cli import app
+    from initperf.cli.main import app
 
     commands = get_command(app).commands
     options = {option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.experiments.networks import network, small_network, weights_of
 from initperf.experiments.recipes import DEFAULT, RECIPES, Recipe
 from initperf.init import initialize

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from initperf.checks import InitPerfError
-from initperf.findings import backends, levels_table, stretches, tables, verdict
-from initperf.paired import paired_difference, t_cdf, t_quantile
-from initperf.report import limitations, write_report
-from initperf.results import read_run
+from initperf.core.checks import InitPerfError
+from initperf.report.numbers.intervals import paired_difference, t_cdf, t_quantile
+from initperf.report.numbers.results import read_run
+from initperf.report.page import limitations, write_report
+from initperf.report.words.findings import backends, levels_table, stretches, tables, verdict
 
 VOID = {"meta", "img", "br", "link", "hr"}
 
@@ -32,7 +32,7 @@ def folder(tmp_path):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Reports without figures: most of a page's time goes into them."""
-    monkeypatch.setattr("initperf.report._figures", lambda run, other: "")
+    monkeypatch.setattr("initperf.report.page._figures", lambda run, other: "")
 
 
 def rewrite(path, change):

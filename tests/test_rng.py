@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from initperf import rng
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 F = 0xFFFFFFFF

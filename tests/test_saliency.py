@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from initperf import prune, saliency
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.experiments.networks import mlp, network
 from initperf.init import initialize
 from initperf.saliency import grasp, prune_at_start, snip, synflow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from initperf import init
-from initperf.checks import FLOATS
+from initperf.core.checks import FLOATS
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +24,7 @@ KINDS = {
     contract.TRUNC_FAR: "trunc_normal_ far out",
     contract.TRUNC_NARROW: "trunc_normal_ narrow",
 }
-# Operations as the formulas of initperf/rng.py write them, a word (of NORMAL: a pair of words): Horner's rule takes as
+# Operations as the formulas of initperf/rng/contract.py write them, a word (of NORMAL: a pair of words): Horner's rule takes as
 # many fmas as its degree; log: degree 7, and 3 more.
 LOG = 10
 FMAS = {

@@ -16,7 +16,7 @@ from test_sample import FLOATS, assert_same_bits, distributions
 from tolerance import bits
 
 from initperf import rng
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.init import sample_into, sample_survivors_into
 from initperf.kernels.cpu.sampling import sample_many
 from initperf.kernels.cpu.sampling.sample import sample_ as cpu_sample_
@@ -24,7 +24,7 @@ from initperf.kernels.cpu.sampling.sample_many import sample_many_ as cpu_sample
 from initperf.kernels.gpu.sampling.sample_many import sample_many_ as gpu_sample_many_
 from initperf.kernels.reference.sampling.sample_many import sample_many_ as reference_sample_many_
 from initperf.kernels.reference.sampling.sample_many import unpacked
-from initperf.sampling import bits_set, pack_bits
+from initperf.rng.sampling import bits_set, pack_bits
 
 ROOT = Path(__file__).resolve().parents[1]
 INF = math.inf
@@ -187,7 +187,7 @@ def test_moments_are_those_of_the_values_to_float64s_rounding(masked):
 
 
 def test_moments_agree_with_the_moments_op(gpu_device):
-    from initperf.stats import moments
+    from initperf.variance.moments import moments
 
     rows = listed((300, 5001))
     outs, found = run(cpu_sample_many_, rows, None, True)

@@ -15,11 +15,11 @@ from tolerance import bits
 from torch import nn
 from torch.nn import functional as F
 
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.experiments.networks import mlp
-from initperf.runfolder import RunFolder
 from initperf.search import TicketSearch
 from initperf.ticket import Ticket
+from initperf.tickets.run_folder import RunFolder
 
 FRACTIONS = {"*.weight": 0.5, "fc2.weight": 0.25}
 X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))

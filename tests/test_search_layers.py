@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from initperf import prune
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 from initperf.experiments.networks import network, small_network
 from initperf.init import initialize
-from initperf.prunable import prunable
-from initperf.runfolder import KINDS
 from initperf.search import SPARSE_BELOW, TicketSearch
 from initperf.ticket import Ticket, dense_parameters, mask_layers
+from initperf.tickets.prunable import prunable
+from initperf.tickets.run_folder import KINDS
 
 SHAPE = (2, 8, 8)
 X = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(0))
@@ -104,10 +104,11 @@ def test_convolutions_are_pruned_with_every_control(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_masked_and_compressed_training_give_the_same_weights_within_rounding(optimizer):
     """Both stay as near to training in float64 as float32 allows: twice the masked layers' own distance, and one rounding."""
-    from initperf.experiments import data, training
+    from initperf.experiments import training
+    from initperf.experiments.data import sets
     from initperf.experiments.recipes import RECIPES
 
-    images, recipe = data.digits(), RECIPES["digits"]
+    images, recipe = sets.digits(), RECIPES["digits"]
     steps = (20, 100)  # later a unit may flip at a rounding, and the paths part
 
     def trained(sparse, dtype):

@@ -11,17 +11,18 @@ import pytest
 import torch
 from safetensors import torch as safetensors
 
-from initperf.checks import InitPerfError
-from initperf.experiments import larger_init, rescaled, scratch, side, statements, unit_pruning, width
-from initperf.experiments.data import digits
-from initperf.experiments.larger_init import growth, scaled_xavier
-from initperf.experiments.outcome import by_trial, compare, over_trials, read_rows
+from initperf.core.checks import InitPerfError
+from initperf.experiments.data.sets import digits
 from initperf.experiments.recipes import find
-from initperf.experiments.side import Setting, one_thread, run_experiment
+from initperf.experiments.side import larger_init, rescaled, scratch, side, unit_pruning, width
+from initperf.experiments.side.larger_init import growth, scaled_xavier
+from initperf.experiments.side.outcome import by_trial, compare, over_trials, read_rows
+from initperf.experiments.side.side import Setting, one_thread, run_experiment
+from initperf.experiments.statements import statements
 from initperf.init import initialize
-from initperf.paired import paired_difference
-from initperf.results import Run, read_run
-from initperf.run_tables import Point, Row
+from initperf.report.numbers.csv_rows import Point, Row
+from initperf.report.numbers.intervals import paired_difference
+from initperf.report.numbers.results import Run, read_run
 from initperf.ticket import Ticket
 
 TINY = {"iterations": 12, "trials": 2}

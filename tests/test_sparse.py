@@ -10,12 +10,14 @@ from tolerance import Sums, assert_close_to_exact, assert_near, bits, linear, of
 from torch import nn
 from torch.nn.utils import prune
 
-from initperf import direct, ops, rng, sparse_ops
-from initperf.checks import InitPerfError
+from initperf import ops, rng
 from initperf.choice import prefer
-from initperf.masked import MaskedLinear
-from initperf.pattern import pack_bits, unpack_bits
-from initperf.sparse import SparseLinear
+from initperf.core import without_dispatch
+from initperf.core.checks import InitPerfError
+from initperf.layers.base.pattern import pack_bits, unpack_bits
+from initperf.layers.compressed_linear import SparseLinear
+from initperf.layers.linear import MaskedLinear
+from initperf.layers.ops import sparse_linear as sparse_ops
 
 pytest.importorskip("numba")
 
@@ -34,7 +36,7 @@ def layer():
 def path(request, monkeypatch):
     """Both products that an op may choose, and what small layers leave to torch's own ops."""
     if request.param == "dense":
-        monkeypatch.setattr(direct, "TINY", 0)
+        monkeypatch.setattr(without_dispatch, "TINY", 0)
     with prefer("sparse" if request.param == "sparse" else "dense"):
         yield request.param
 
@@ -253,7 +255,7 @@ def test_the_ops_pass_torchs_own_check():
 
 
 def test_what_ran_is_counted(layer, monkeypatch):
-    monkeypatch.setattr(direct, "TINY", 0)
+    monkeypatch.setattr(without_dispatch, "TINY", 0)
     x = torch.randn(6, 20, requires_grad=True)
     dense = "mkl" if sparse_ops.own(x) is None else sparse_ops.OWN
     for mode, backend in (("sparse", "numba"), ("dense", dense)):

@@ -7,7 +7,7 @@ import torch
 from tolerance import assert_close_to_exact, bits, linear, product
 
 from initperf.kernels.reference.linear import sparse_linear as reference
-from initperf.pattern import pack_bits
+from initperf.layers.base.pattern import pack_bits
 
 pytest.importorskip("numba")
 kernels = import_module("initperf.kernels.cpu.linear.sparse_linear")

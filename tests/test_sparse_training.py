@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from initperf.checks import InitPerfError
-from initperf.convert import check_masks, densify, sparsify
-from initperf.optimizer_masks import mask_optimizer_
-from initperf.sparse import SparseLinear
+from initperf.core.checks import InitPerfError
+from initperf.layers.compressed_linear import SparseLinear
+from initperf.layers.convert import check_masks, densify, sparsify
+from initperf.layers.optimizers import mask_optimizer_
 
 pytest.importorskip("numba")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from initperf.experiments.claims import (
+from initperf.experiments.statements.claims import (
     NOT_REPRODUCED,
     NOT_TESTED,
     REPRODUCED,
@@ -15,11 +15,11 @@ from initperf.experiments.claims import (
     level_at,
     sooner,
 )
-from initperf.experiments.side_statements import rethinking, review
-from initperf.experiments.ticket_statements import convolutional, lenet, movement
-from initperf.paired import Difference, paired_difference
-from initperf.results import Run
-from initperf.run_tables import Moved, Row
+from initperf.experiments.statements.side import rethinking, review
+from initperf.experiments.statements.tickets import convolutional, lenet, movement
+from initperf.report.numbers.csv_rows import Moved, Row
+from initperf.report.numbers.intervals import Difference, paired_difference
+from initperf.report.numbers.results import Run
 
 DENSITIES = [round(0.8**level, 4) for level in range(17)]
 LEVEL = {0.513: 3, 0.211: 7, 0.135: 9, 0.036: 15, 0.029: 16}

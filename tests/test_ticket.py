@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from tolerance import bits
 from torch import nn
 
-from initperf.checks import InitPerfError
-from initperf.convert import sparsify
+from initperf.cli.inspect import tables
+from initperf.core.checks import InitPerfError
 from initperf.experiments.networks import mlp, network
 from initperf.init import initialize
-from initperf.inspection import tables
+from initperf.init.schemes import Init
+from initperf.layers.convert import sparsify
 from initperf.prune import magnitude
-from initperf.schemes import Init
 from initperf.ticket import Ticket
 
 SEED = 2**63 + 12345

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from initperf import init, rng
-from initperf.checks import InitPerfError
-from initperf.experiments.masked_weights import MASKS, RESCALES, find_masks, prune_weights, train_briefly
-from initperf.experiments.variance import run_variance
-from initperf.experiments.variance_nets import ACTIVATIONS
+from initperf.core.checks import InitPerfError
+from initperf.experiments.variance.masked_weights import MASKS, RESCALES, find_masks, prune_weights, train_briefly
+from initperf.experiments.variance.nets import ACTIVATIONS
+from initperf.experiments.variance.variance import run_variance
 
 SEEDS = 3
 

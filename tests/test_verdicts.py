@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from initperf import check_init, initialize, sparsify
-from initperf.checks import InitPerfError
-from initperf.faults import Evidence
-from initperf.monitor import VarianceMonitor
+from initperf.core.checks import InitPerfError
+from initperf.variance.faults import Evidence
+from initperf.variance.monitor import VarianceMonitor
 from initperf.verdicts import THRESHOLDS, judge
 
 BATCH = 256

@@ -9,8 +9,8 @@ import threading
 import pytest
 import torch
 
-from initperf import write_watch
-from initperf.write_watch import WriteWatch, watch, why_not
+from initperf.layers.inference import write_watch
+from initperf.layers.inference.write_watch import WriteWatch, watch, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"nothing can be watched here: {why_not()}")
 PAGE = mmap.PAGESIZE

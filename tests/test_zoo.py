@@ -8,7 +8,7 @@ import torch
 from recorded import judge, recording
 
 from initperf import densify, describe, fast_init, initialize, sparsify
-from initperf.convert import FAMILIES
+from initperf.layers.convert import FAMILIES
 
 pytestmark = pytest.mark.zoo
 

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 import initperf
-from initperf import __version__, choice, ops, rng
+from initperf import __version__, rng
+from initperf.cli.selfcheck import agrees
+from initperf.core import ops
 from initperf.core.extras import installation
-from initperf.findings import NONE, Table, joined, percent, size
-from initperf.selfcheck import agrees
-from initperf.write_watch import why_not
+from initperf.layers.choice import table as choice
+from initperf.layers.inference.write_watch import why_not
+from initperf.report.words.findings import NONE, Table, joined, percent, size
 
 PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib", "rich", "typer")
 VECTORS = {  # LLVM's feature names, and what people call them

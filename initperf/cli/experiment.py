@@ -50,8 +50,8 @@ def experiment(
 
     The same command again continues one that was interrupted; in a second terminal at once, it shares the work.
     """
-    from initperf.experiments.side import run_experiment
-    from initperf.terminal import open_console, show
+    from initperf.cli.terminal import open_console, show
+    from initperf.experiments.side.side import run_experiment
 
     console = open_console()
     with console.status(name.value) as status:

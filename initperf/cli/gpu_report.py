@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .checks import check, fail
-from .findings import Table
-from .gpu_choice import BLOCKS, DTYPES, OPS, Candidate, choose
-from .gpu_devices import DEVICES
+from initperf.core.checks import check, fail
+from initperf.layers.choice.gpu_devices import DEVICES
+from initperf.layers.choice.gpu_model import BLOCKS, DTYPES, OPS, Candidate, choose
+from initperf.report.words.findings import Table
 
 _DENSITIES = (0.5, 0.2, 0.1, 0.02)
 _RUNS = {

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from initperf.checks import check
-from initperf.explain import Description, describe_file
-from initperf.findings import NONE, Table, count_of, percent, size
-from initperf.report import flatten
-from initperf.schemes import Init, written
-from initperf.ticket import KEY, Ticket
+from initperf.core.checks import check
+from initperf.init.identify.identify import Description, describe_file
+from initperf.init.schemes import Init, written
+from initperf.report.page import flatten
+from initperf.report.words.findings import NONE, Table, count_of, percent, size
+from initperf.tickets.ticket import KEY, Ticket
 
 
 def tables(path: Path, expect: Sequence[str] = ()) -> tuple[list[Table], int]:

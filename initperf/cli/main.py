@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 from initperf import __version__
-from initperf.cli_experiment import experiment
+from initperf.cli.experiment import experiment
 from initperf.core.extras import need, needed
 
 with needed("cli"):
@@ -54,7 +54,7 @@ def main(args: list[str] | None = None) -> int:
             if not error.format_message():  # no command given: the help has been printed
                 return 2
             return _problem(f"{error.format_message()} (`{command} --help` lists the options.)", 2)
-        from initperf.checks import InitPerfError
+        from initperf.core.checks import InitPerfError
 
         if not isinstance(error, InitPerfError):
             raise
@@ -126,10 +126,10 @@ def ticket(
     The same command again continues a run that was interrupted.
     """
     need("report")  # before the training, and not after it
-    from initperf.checks import check
+    from initperf.cli.terminal import Bars, open_console
+    from initperf.core.checks import check
     from initperf.experiments.tickets import run_ticket
-    from initperf.runfolder import KINDS
-    from initperf.terminal import Bars, open_console
+    from initperf.tickets.run_folder import KINDS
 
     check(lr is None or 0 < lr < math.inf, "--lr, the learning rate, to be above 0 and finite", lr)
     settings = list(setting or []) + ([f"learning_rates={control_lrs}"] if control_lrs else [])
@@ -163,11 +163,11 @@ def ticket(
 
 def _show_run(folder: Path, compare: Path | None = None) -> None:
     """Print the tables, write the report."""
-    from initperf.analysis_findings import own_rates_sentence, own_rates_table
-    from initperf.findings import labels, tables, verdict
-    from initperf.report import write_report
-    from initperf.results import read_run
-    from initperf.terminal import open_console, show
+    from initperf.cli.terminal import open_console, show
+    from initperf.report.numbers.results import read_run
+    from initperf.report.page import write_report
+    from initperf.report.words.findings import labels, tables, verdict
+    from initperf.report.words.movement import own_rates_sentence, own_rates_table
 
     run = read_run(folder)
     page = write_report(folder, compare)
@@ -212,10 +212,10 @@ def variance(
     seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
 ) -> None:
     """Reproduce figure 7.4: the variance of activations and gradients by layer, measured and predicted."""
-    from initperf.checks import fail
-    from initperf.experiments.variance import run_variance
-    from initperf.findings import variance_tables
-    from initperf.terminal import open_console, show
+    from initperf.cli.terminal import open_console, show
+    from initperf.core.checks import fail
+    from initperf.experiments.variance.variance import run_variance
+    from initperf.report.words.findings import variance_tables
 
     try:
         chosen = [float(v) for v in variances.split(",") if v]
@@ -268,8 +268,8 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what a ticket holds and prove its hash, or which initialization explains the weights of a checkpoint."""
-    from initperf.inspection import tables
-    from initperf.terminal import open_console, show
+    from initperf.cli.inspect import tables
+    from initperf.cli.terminal import open_console, show
 
     console = open_console()
     found, disagreements = tables(file, expect or [])
@@ -285,7 +285,7 @@ def export(
     dense: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
 ) -> None:
     """Write a ticket's initial weights as a dense checkpoint, zero where pruned; it loads without initperf."""
-    from initperf.ticket import Ticket
+    from initperf.tickets.ticket import Ticket
 
     written = Ticket.load(file).export(dense)
     typer.echo(f"{written}: {written.stat().st_size:,} bytes, from a ticket of {file.stat().st_size:,}")
@@ -309,13 +309,13 @@ def doctor(
     ticket: Annotated[Path | None, typer.Option(help="With --gpu: for the masks of this ticket.")] = None,
 ) -> None:
     """Show versions, devices, which backend runs each op, from which density on it pays, and what is missing and how to get it."""
-    from initperf.doctor import examine, tables
-    from initperf.terminal import open_console, show
+    from initperf.cli.doctor import examine, tables
+    from initperf.cli.terminal import open_console, show
 
     console = open_console()
     if gpu is not None:
-        from initperf.gpu_report import report as gpu_report
-        from initperf.ticket import Ticket
+        from initperf.cli.gpu_report import report as gpu_report
+        from initperf.tickets.ticket import Ticket
 
         masks = None if ticket is None else Ticket.load(ticket).masks
         for table in gpu_report(gpu, dtype=dtype, tf32=tf32, masks=masks):
@@ -324,7 +324,7 @@ def doctor(
     if calibrate:
         from rich.progress import track
 
-        from initperf.calibrate import STEPS, steps
+        from initperf.layers.choice.calibrate import STEPS, steps
 
         for _ in track(steps(), "timing sparse and dense products", total=STEPS, console=console, disable=as_json):
             pass

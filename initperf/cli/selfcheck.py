@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from initperf import ops, rng
-from initperf.pattern import pack_bits
+from initperf import rng
+from initperf.core import ops
+from initperf.layers.base.pattern import pack_bits
 
 Check = Callable[[Callable[..., Any], str], list[Tensor]]  # (launcher, device) -> outputs to compare
 _PACKAGES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from initperf.core.extras import needed
-from initperf.findings import Table, name_of, percent
+from initperf.report.words.findings import Table, name_of, percent
 
 with needed("cli"):
     from rich import box

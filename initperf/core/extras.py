@@ -21,7 +21,7 @@ def need(extra: str) -> None:
     """Raise InitPerfImportError unless the packages of an extra are installed; none is imported."""
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
-        from initperf.checks import InitPerfImportError, fail
+        from initperf.core.checks import InitPerfImportError, fail
 
         fail(
             f"{' and '.join(missing)} to be installed: {installation(extra)}",

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import ClassVar
 
-from initperf.checks import InitPerfError
+from initperf.core.checks import InitPerfError
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> Path:

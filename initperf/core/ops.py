@@ -159,7 +159,7 @@ def register(name: str, module: str) -> None:
     MODULES[name] = module
 
 
-# here, since tickets, masks and data splits call it without initperf.sampling
+# here, since tickets, masks and data splits call it without initperf.rng.sampling
 register("sample_", "sampling.sample")
 
 

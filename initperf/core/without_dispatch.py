@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from initperf import ops
-from initperf.checks import InitPerfRuntimeError, fail
+from initperf.core import ops
+from initperf.core.checks import InitPerfRuntimeError, fail
 from initperf.core.torch_private import (
     any_autocast,
     below_autograd,

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from initperf.checks import check, fail
+from initperf.core.checks import check, fail
 from initperf.experiments.networks import network, small_network
-from initperf.search import SPARSE_BELOW
+from initperf.tickets.search import SPARSE_BELOW
 
 OPTIMIZERS = ("adam", "sgd")
 REDUCED = "reduced budget"

@@ -20,14 +20,14 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from initperf import choice
-from initperf.checks import check
-from initperf.experiments import data as sets
+from initperf.core.checks import check
+from initperf.core.files import write_atomically
+from initperf.experiments.data import sets
 from initperf.experiments.recipes import DEFAULT, Recipe, find
 from initperf.experiments.training import keep_freed_memory, measure_steps, train
-from initperf.files import write_atomically
-from initperf.runfolder import STEPS, write_csv
-from initperf.search import TicketSearch
+from initperf.layers.choice import table as choice
+from initperf.tickets.run_folder import STEPS, write_csv
+from initperf.tickets.search import TicketSearch
 
 Progress = Callable[[dict[str, Any]], None]
 THREADS = 1  # a network: more gain nothing at batch 60, and so results do not depend on the number of cores

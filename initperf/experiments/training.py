@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from initperf.experiments.data import DataSet, Split, permutation
+from initperf.experiments.data.sets import DataSet, Split, permutation
 from initperf.experiments.recipes import Recipe
-from initperf.search import Run
+from initperf.tickets.search import Run
 
 EVALUATION_BATCH = {2: 1000, 4: 32}  # by dimensions of the images, flat or not: larger activations leave the caches
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

@@ -1,11 +1,14 @@
 """torch.nn.init, faster and the same bits everywhere: `from initperf import init` instead of `from torch.nn import init`.
 
-What samples comes from initperf.dropins; what does not is torch's own object. Beyond torch's names:
+What samples comes from initperf.init.torch_init; what does not is torch's own object. Beyond torch's names:
 initialize, fast_init, describe, describe_file, sample_into, sample_shard_into and
 sample_survivors_into.
 """
 
 # ruff: noqa: F401 -- re-exports; __all__ starts from torch's own list
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torch.nn import init as _torch_init
 from torch.nn.init import (
@@ -22,7 +25,8 @@ from torch.nn.init import (
 
 from initperf.core.torch_private import correct_fan as _calculate_correct_fan
 from initperf.core.torch_private import fans as _calculate_fan_in_and_fan_out
-from initperf.dropins import (
+from initperf.init.schemes import Init
+from initperf.init.torch_init import (
     kaiming_normal,
     kaiming_normal_,
     kaiming_uniform,
@@ -41,11 +45,12 @@ from initperf.dropins import (
     xavier_uniform,
     xavier_uniform_,
 )
-from initperf.explain import Description, describe, describe_file
-from initperf.model_init import Initialized, initialize
-from initperf.redirect import fast_init
-from initperf.sampling import sample_into, sample_shard_into, sample_survivors_into
-from initperf.schemes import Init
+from initperf.rng.sampling import sample_into, sample_shard_into, sample_survivors_into
+
+if TYPE_CHECKING:
+    from initperf.init.identify.identify import Description, describe, describe_file
+    from initperf.init.model.model import Initialized, initialize
+    from initperf.init.redirect import fast_init
 
 __all__ = [
     *_torch_init.__all__,
@@ -60,3 +65,20 @@ __all__ = [
     "sample_shard_into",
     "sample_survivors_into",
 ]
+
+_LATER = {  # what imports much, imported when first asked for
+    "Description": "initperf.init.identify.identify",
+    "Initialized": "initperf.init.model.model",
+    "describe": "initperf.init.identify.identify",
+    "describe_file": "initperf.init.identify.identify",
+    "fast_init": "initperf.init.redirect",
+    "initialize": "initperf.init.model.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'initperf.init' has no attribute {name!r}")
+    value = getattr(import_module(_LATER[name]), name)
+    globals()[name] = value
+    return value

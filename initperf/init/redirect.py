@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from initperf import dropins, rng
-from initperf.checks import InitPerfError, check_seed
+from initperf import rng
+from initperf.core.checks import InitPerfError, check_seed
 from initperf.core.torch_private import DeviceContext, DisableTorchFunction, function_mode_stack, init_worker
-from initperf.sampling import is_plain, written
+from initperf.init import torch_init
+from initperf.rng.sampling import is_plain, written
 
 _THREAD = threading.local()
 _LOCK = threading.Lock()
@@ -142,16 +143,16 @@ def _method(original: Any, ours: Callable[..., Tensor], first: str, second: str)
 _INIT: Any = torch.nn.init
 _GENERATOR = {"uniform_": 3, "normal_": 3, "trunc_normal_": 5, "xavier_uniform_": 2, "xavier_normal_": 2}
 _GENERATOR |= {"kaiming_uniform_": 4, "kaiming_normal_": 4, "orthogonal_": 2, "sparse_": 3}
-_FUNCTIONS = {name: (dropins.ORIGINALS[name], getattr(dropins, name), at) for name, at in _GENERATOR.items()}
+_FUNCTIONS = {name: (torch_init.ORIGINALS[name], getattr(torch_init, name), at) for name, at in _GENERATOR.items()}
 # what torch's own functions call: who kept `from torch.nn.init import trunc_normal_` comes by here
 _FUNCTIONS |= {
-    init_worker(name): (getattr(_INIT, init_worker(name)), getattr(dropins, name), _GENERATOR[name])
+    init_worker(name): (getattr(_INIT, init_worker(name)), getattr(torch_init, name), _GENERATOR[name])
     for name in ("uniform_", "normal_", "trunc_normal_")
 }
 _REPLACED = {name: _function(*entry) for name, entry in _FUNCTIONS.items()}
 _METHODS = {
-    "normal_": _method(Tensor.normal_, dropins.normal_, "mean", "std"),
-    "uniform_": _method(Tensor.uniform_, dropins.uniform_, "from", "to"),
+    "normal_": _method(Tensor.normal_, torch_init.normal_, "mean", "std"),
+    "uniform_": _method(Tensor.uniform_, torch_init.uniform_, "from", "to"),
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, dtype, empty, nn
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 from initperf import rng
-from initperf.checks import InitPerfTypeError, fail
+from initperf.core.checks import InitPerfTypeError, fail
 from initperf.core.torch_private import ConvNd, ConvTransposeNd, NormBase, fans
 
 _ARGUMENTS = {"constant": 1, "uniform": 2, "normal": 2, "trunc_normal": 4, "orthogonal": 1}

@@ -15,11 +15,12 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from initperf import ops, rng
-from initperf.checks import InitPerfRuntimeError, InitPerfTypeError, check_seed, fail
+from initperf import rng
+from initperf.core import ops
+from initperf.core.checks import InitPerfRuntimeError, InitPerfTypeError, check_seed, fail
 from initperf.core.torch_private import correct_fan, fans, not_compiled
 from initperf.rng import Distribution
-from initperf.sampling import PLAIN_TYPES, has_no_values, is_plain, kind_of, write, write_orthogonal
+from initperf.rng.sampling import PLAIN_TYPES, has_no_values, is_plain, kind_of, write, write_orthogonal
 
 ORIGINALS: dict[str, Callable[..., Tensor]] = {
     name: getattr(torch.nn.init, name)

@@ -8,12 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import choice, direct, kept, ops, sparse_ops
-from initperf.checks import FLOATS, InitPerfRuntimeError, check_mask, fail
+from initperf.core import ops, without_dispatch
+from initperf.core.checks import FLOATS, InitPerfRuntimeError, check_mask, fail
 from initperf.core.torch_private import transformed
-from initperf.kept import Kept
-from initperf.masked import MaskedLinear, check_bias, check_input
-from initperf.sparse_layer import SparseLayer
+from initperf.layers.base.sparse import SparseLayer
+from initperf.layers.choice import table as choice
+from initperf.layers.inference import ordered_copy
+from initperf.layers.inference.ordered_copy import Kept
+from initperf.layers.linear import MaskedLinear, check_bias, check_input
+from initperf.layers.ops import sparse_linear as sparse_ops
 
 
 class SparseLinear(SparseLayer):
@@ -70,7 +73,7 @@ class SparseLinear(SparseLayer):
         return cast(nn.Linear, super().to_dense())
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = direct.plain(input)
+        plain = without_dispatch.plain(input)
         compiling = not plain and torch.compiler.is_compiling()
         pattern: Any = self._pattern if compiling else self._fresh_pattern()
         own, bits = self._parameters.get, cast(Tensor, self._buffers["weight_mask_bits"])  # sooner than attributes
@@ -93,14 +96,14 @@ class SparseLinear(SparseLayer):
         flat = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), columns)
         if plain and torch.is_grad_enabled():
             self.leave_inference(values)
-        elif plain and rows * columns >= kept.LEAST and pattern.tensors:
+        elif plain and rows * columns >= ordered_copy.LEAST and pattern.tensors:
             more = pattern.tensors[2].data_ptr(), pattern.nnz, 0
-            if (y := kept.linear(self, "sparse", flat, bias, pattern, values, more)) is not None:
+            if (y := ordered_copy.linear(self, "sparse", flat, bias, pattern, values, more)) is not None:
                 return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
         if (
             plain
             and torch.is_grad_enabled()
-            and rows * columns <= direct.TINY
+            and rows * columns <= without_dispatch.TINY
             and flat.is_cpu
             and sparse_ops.own(flat) is None
             and choice.all_dense("sparse", len(flat), (rows, columns), pattern.nnz, values.dtype)
@@ -112,9 +115,9 @@ class SparseLinear(SparseLayer):
         return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
 
     def leave_inference(self, values: Tensor) -> None:
-        """Give back what inference keeps (initperf/kept.py), before a step of training with these values."""
+        """Give back what inference keeps (initperf/layers/inference/ordered_copy.py), before a step of training with these values."""
         if self._kept is not None and self._kept.copy is not None:
-            self._kept.drop(kept.state_of(self._pattern, values))
+            self._kept.drop(ordered_copy.state_of(self._pattern, values))
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

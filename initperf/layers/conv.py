@@ -7,12 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import conv_ops
-from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_mask_has_data, fail
-from initperf.conv_ops import ConvPattern
+from initperf.core.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_mask_has_data, fail
 from initperf.core.torch_private import transformed
-from initperf.masked_layer import MaskedLayer
-from initperf.sparse_layer import SparseLayer
+from initperf.layers.base.masked import MaskedLayer
+from initperf.layers.base.sparse import SparseLayer
+from initperf.layers.ops import conv2d as conv_ops
+from initperf.layers.ops.conv2d import ConvPattern
 
 _ATTRIBUTES = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "transposed", "output_padding"),

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from initperf.chain import fuse
-from initperf.checks import (
+from initperf.core.checks import (
     FLOATS,
     InitPerfRuntimeError,
     InitPerfTypeError,
@@ -19,13 +18,14 @@ from initperf.checks import (
     check_mask_has_data,
     fail,
 )
-from initperf.conv import MaskedConv2d, SparseConv2d
-from initperf.masked import MaskedLinear
-from initperf.masked_layer import MaskedLayer, check_own_weight
-from initperf.optimizer_masks import check_optimizer, mask_optimizer_
-from initperf.pattern import pack_bits
-from initperf.sparse import SparseLinear
-from initperf.sparse_layer import SparseLayer
+from initperf.layers.base.masked import MaskedLayer, check_own_weight
+from initperf.layers.base.pattern import pack_bits
+from initperf.layers.base.sparse import SparseLayer
+from initperf.layers.compressed_linear import SparseLinear
+from initperf.layers.conv import MaskedConv2d, SparseConv2d
+from initperf.layers.linear import MaskedLinear
+from initperf.layers.optimizers import check_optimizer, mask_optimizer_
+from initperf.layers.sequential import fuse
 
 
 class Family(NamedTuple):

@@ -8,12 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import choice, direct, kept, masked_ops, ops
-from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
+from initperf.core import ops, without_dispatch
+from initperf.core.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, fail
 from initperf.core.torch_private import transformed
-from initperf.kept import Kept
-from initperf.masked_layer import MaskedLayer
-from initperf.pattern import Way
+from initperf.layers.base.masked import MaskedLayer
+from initperf.layers.base.pattern import Way
+from initperf.layers.choice import table as choice
+from initperf.layers.inference import ordered_copy
+from initperf.layers.inference.ordered_copy import Kept
+from initperf.layers.ops import masked_linear as masked_ops
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -55,14 +58,14 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         return cast(nn.Linear, self.to_dense())
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = direct.plain(input)
+        plain = without_dispatch.plain(input)
         compiling = not plain and torch.compiler.is_compiling()
         pattern = self._pattern if compiling else self._fresh_pattern()
         found = self._parameters.get  # sooner than attributes
         weight: Tensor = self.weight if (given := found("weight")) is None else given
         bias: Tensor | None = self.bias if (given := found("bias")) is None else given
         if plain and self._kept is not None and self._kept.copy is not None and torch.is_grad_enabled():
-            self._kept.drop(kept.state_of(pattern, weight))
+            self._kept.drop(ordered_copy.state_of(pattern, weight))
         if (
             plain
             and (way := pattern.way) is not None
@@ -91,9 +94,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if (
             plain
             and own
-            and rows * columns >= kept.LEAST
+            and rows * columns >= ordered_copy.LEAST
             and not torch.is_grad_enabled()
-            and (y := kept.linear(self, "masked", flat, bias, pattern, weight, weight.stride())) is not None
+            and (y := ordered_copy.linear(self, "masked", flat, bias, pattern, weight, weight.stride())) is not None
         ):
             return y if len(shape) == 2 else y.reshape(*shape[:-1], rows)
         runs_own = own and plain and masked_ops.runs_own(flat.shape[0], mask, weight)
@@ -102,7 +105,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         if (
             plain
             and flat.is_cpu
-            and rows * columns <= (masked_ops.MOST_COMPOSED if own else direct.TINY)
+            and rows * columns <= (masked_ops.MOST_COMPOSED if own else without_dispatch.TINY)
             and torch.is_grad_enabled()
             and choice.all_dense("masked", flat.shape[0], (rows, columns), pattern.nnz, weight.dtype)
         ):

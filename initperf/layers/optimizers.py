@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from initperf.checks import InitPerfRuntimeError, InitPerfTypeError, fail
-from initperf.masked_layer import LAYERS, MaskedLayer
-from initperf.parameter_memory import FOLLOWERS, move_state
-from initperf.sparse_layer import COMPRESSED, SparseLayer
+from initperf.core.checks import InitPerfRuntimeError, InitPerfTypeError, fail
+from initperf.layers.base.masked import LAYERS, MaskedLayer
+from initperf.layers.base.reshape_parameter import FOLLOWERS, move_state
+from initperf.layers.base.sparse import COMPRESSED, SparseLayer
 
 # They read a matrix, or factor it; a list of survivors is none.
 NOT_ELEMENTWISE = ("Muon", "Shampoo", "DistributedShampoo", "SOAP", "Adafactor")

@@ -11,18 +11,20 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import chain_training, choice, direct, ops
-from initperf.chain_training import Parameters
-from initperf.checks import FLOATS
+from initperf.core import ops, without_dispatch
+from initperf.core.checks import FLOATS
 from initperf.core.torch_private import (
     global_backward_hooks,
     global_backward_pre_hooks,
     global_forward_hooks,
     global_forward_pre_hooks,
 )
-from initperf.masked import check_input
-from initperf.pattern import Pattern
-from initperf.sparse import SparseLinear
+from initperf.layers.base.pattern import Pattern
+from initperf.layers.choice import table as choice
+from initperf.layers.compressed_linear import SparseLinear
+from initperf.layers.linear import check_input
+from initperf.layers.ops import chain as chain_ops
+from initperf.layers.ops.chain import Parameters
 
 LARGEST = 1 << 18  # survivors of a run: more leave a core's caches, and what surrounds their products no longer counts
 TRIES = 10
@@ -131,7 +133,7 @@ class _Plans:
         self.patterns = patterns
         self.lock = threading.Lock()
         self.inference: tuple[Any, Any] = None, None  # addresses and dtypes of the parameters, and the plan for them
-        self.training: dict[torch.dtype, chain_training.Run | None] = {}
+        self.training: dict[torch.dtype, chain_ops.Run | None] = {}
 
 
 class _Run:
@@ -156,7 +158,7 @@ class _Run:
 
     def _together(self, x: Tensor) -> Tensor | None:
         """What the layers make of x; None where they are to be called one by one."""
-        if not isinstance(x, Tensor) or not x.is_cpu or not direct.plain(x):
+        if not isinstance(x, Tensor) or not x.is_cpu or not without_dispatch.plain(x):
             return None
         patterns: list[Pattern] = []
         parameters: list[Tensor | None] = []
@@ -223,11 +225,11 @@ class _Run:
         rows = flat.shape[0]
         if not (rows and choice.chain_trains(len(self.layers), rows, plan.weights, plan.nnz)):
             return None
-        if not chain_training.fits(run, parameters):
+        if not chain_ops.fits(run, parameters):
             return None
         for layer, values in zip(self.layers, parameters[::2], strict=True):
             layer.leave_inference(cast(Tensor, values))
-        y = chain_training.train(run, flat.contiguous(), parameters)
+        y = chain_ops.train(run, flat.contiguous(), parameters)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], plan.outputs)
 
     def _may_run(self, dtype: torch.dtype) -> bool:
@@ -243,7 +245,7 @@ class _Run:
         """Six tensors, also where no single layer needs them."""
         return layer._pattern.tensors or ops.implementation("sparse_tensors", "cpu")(layer.weight_mask)
 
-    def _training_run(self, patterns: list[Pattern], dtype: torch.dtype) -> chain_training.Run | None:
+    def _training_run(self, patterns: list[Pattern], dtype: torch.dtype) -> chain_ops.Run | None:
         if not self._may_run(dtype):
             return None
         from initperf.kernels.cpu.chain.training import TrainingPlan
@@ -253,7 +255,7 @@ class _Run:
         plan = TrainingPlan(list(zip(shapes, nnz, indices, self.relus, strict=True)), dtype)
         parameters = [size for n, (N, _) in zip(nnz, shapes, strict=True) for size in ((n, 1), (N,))]
         bits = [m.weight_mask_bits for m in self.layers]
-        return chain_training.Run(plan, shapes, parameters, self.relus, bits, patterns)
+        return chain_ops.Run(plan, shapes, parameters, self.relus, bits, patterns)
 
     def _inference_plan(self) -> Any:
         dtype = self.layers[0].weight_values.dtype

@@ -9,9 +9,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from initperf import findings
-from initperf.analysis import FOLDER, write_analysis
-from initperf.analysis_findings import (
+from initperf.core.extras import need
+from initperf.core.files import write_atomically
+from initperf.report.numbers.movement import FOLDER, write_analysis
+from initperf.report.numbers.results import Run, read_run
+from initperf.report.numbers.survivors import Overlap, Survivors, examine
+from initperf.report.style import CSS
+from initperf.report.words import findings
+from initperf.report.words.findings import Table, percent
+from initperf.report.words.movement import (
     movement_table,
     overlap_table,
     own_rates_sentence,
@@ -19,12 +25,6 @@ from initperf.analysis_findings import (
     side_by_side,
     survivors_table,
 )
-from initperf.core.extras import need
-from initperf.files import write_atomically
-from initperf.findings import Table, percent
-from initperf.report_style import CSS
-from initperf.results import Run, read_run
-from initperf.survivors import Overlap, Survivors, examine
 
 FIGURES = {
     "How weights moved": "Kept by the pruning after a training against pruned; dashed: the permutation null, which has the selection and not the training.",
@@ -47,7 +47,7 @@ def write_report(run_dir: str | Path, compare: str | Path | None = None) -> Path
 def render(
     run: Run, other: Run | None = None, survivors: Sequence[Survivors] = (), overlaps: Sequence[Overlap] = ()
 ) -> str:
-    """The page as text; survivors and overlaps as initperf.survivors.examine finds them."""
+    """The page as text; survivors and overlaps as initperf.report.numbers.survivors.examine finds them."""
     found = findings.verdict(run)
     labels = "".join(f"<b>{escape(label)}</b>" for label in findings.labels(run))
     tag = f"Lottery ticket · {escape(str(run.config.get('recipe', run.folder.name)))}{labels}"
@@ -125,7 +125,7 @@ def _facts(run: Run) -> str:
 
 
 def _figures(run: Run, other: Run | None) -> str:
-    from initperf import figures
+    from initperf.report.pictures import figures
 
     shown = [
         (
@@ -159,7 +159,7 @@ def _figures(run: Run, other: Run | None) -> str:
 
 def _analysis(run: Run, survivors: list[Survivors], overlaps: list[Overlap]) -> str:
     """Own learning rates, movement, initial values, overlap: as far as the run has them."""
-    from initperf import analysis_figures as figures
+    from initperf.report.pictures import movement as figures
 
     rates = own_rates_table(run)
     parts = [_table(rates)] if rates else []

@@ -39,8 +39,7 @@ from typing import NamedTuple
 
 import torch
 
-from initperf import truncation
-from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, fail
+from initperf.core.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, fail
 from initperf.core.torch_private import WRAPPERS
 from initperf.kernels.contract import (
     BITS,
@@ -54,6 +53,7 @@ from initperf.kernels.contract import (
     TRUNC_TAIL,
     UNIFORM,
 )
+from initperf.rng import truncation
 
 __all__ = [
     "BITS",

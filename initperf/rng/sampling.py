@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from initperf import ops, rng
-from initperf.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_seed, fail
+from initperf import rng
+from initperf.core import ops
+from initperf.core.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_seed, fail
 from initperf.core.torch_private import dispatch_modes, function_transform, not_compiled
 from initperf.core.torch_private import increment_version as written
 from initperf.rng import Distribution

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from initperf import prune
-from initperf.checks import check
+from initperf.core.checks import check
 from initperf.core.precision import in_float64
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (final, initial) -> score; the least are pruned

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from initperf.convert import FAMILIES
-from initperf.ticket import compressed_layers, dense_parameters, named_parameters
+from initperf.layers.convert import FAMILIES
+from initperf.tickets.ticket import compressed_layers, dense_parameters, named_parameters
 
 
 def prunable(model: nn.Module) -> dict[str, Tensor]:

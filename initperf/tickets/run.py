@@ -13,9 +13,9 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from initperf.checks import check
-from initperf.files import write_atomically
-from initperf.runfolder import Network
+from initperf.core.checks import check
+from initperf.core.files import write_atomically
+from initperf.tickets.run_folder import Network
 
 
 def derive_seed(*parts: object) -> int:

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from initperf.checks import InitPerfError, fail
-from initperf.files import FileLock, make_folder, write_atomically
+from initperf.core.checks import InitPerfError, fail
+from initperf.core.files import FileLock, make_folder, write_atomically
 
 KINDS = ("ticket", "reinit", "sign-reinit", "shuffle", "random", "small-dense")
 RESULTS = [

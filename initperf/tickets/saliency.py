@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from initperf import prune
-from initperf.checks import check, fail
+from initperf.core.checks import check, fail
 from initperf.core.precision import widest
-from initperf.prunable import prunable
-from initperf.ticket import named_parameters
+from initperf.tickets.prunable import prunable
+from initperf.tickets.ticket import named_parameters
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Score = Callable[[nn.Module, Iterable[Any], "Loss | None"], Mapping[str, Tensor]]

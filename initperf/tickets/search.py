@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initperf import __version__, ops, prune, rng
-from initperf.checks import InitPerfTypeError, check, check_seed, fail
-from initperf.criteria import CRITERIA, masks_by, movement
-from initperf.files import FileLock
-from initperf.prunable import density, full_masks, prunable, take_signs
-from initperf.runfolder import KINDS, Network, RunFolder
-from initperf.running import Run, derive_seed
-from initperf.saliency import SCORES, Loss, Score, prune_at_start
-from initperf.starts import Starts
-from initperf.ticket import Ticket, dense_parameters, mask_layers
+from initperf import __version__, prune, rng
+from initperf.core import ops
+from initperf.core.checks import InitPerfTypeError, check, check_seed, fail
+from initperf.core.files import FileLock
+from initperf.tickets.criteria import CRITERIA, masks_by, movement
+from initperf.tickets.prunable import density, full_masks, prunable, take_signs
+from initperf.tickets.run import Run, derive_seed
+from initperf.tickets.run_folder import KINDS, Network, RunFolder
+from initperf.tickets.saliency import SCORES, Loss, Score, prune_at_start
+from initperf.tickets.start_weights import Starts
+from initperf.tickets.ticket import Ticket, dense_parameters, mask_layers
 
 POLL_SECONDS = 0.05
-SPARSE_BELOW = 0.4  # density from which compressed layers pay on every machine measured (initperf/choice.py)
+# density from which compressed layers pay on every machine measured (initperf/layers/choice/table.py)
+SPARSE_BELOW = 0.4
 
 
 class TicketSearch:
@@ -38,9 +40,9 @@ class TicketSearch:
 
     make_model: () -> nn.Module; the search initializes it: `init` is a scheme of initperf.init.initialize, or a function
     (model, seed), which may return what initialize returned. fractions: pruned a round, of the survivors, by glob over the
-    weights of nn.Linear and nn.Conv2d layers (the last glob that matches counts). criterion: of initperf.criteria, after
+    weights of nn.Linear and nn.Conv2d layers (the last glob that matches counts). criterion: of initperf.tickets.criteria, after
     training, or one of a network before training: "snip", "grasp", "synflow" or a function (model, batches, loss) ->
-    {weight: score} (initperf.saliency), for which `batches` and `loss` are. rewind_to: the iteration whose weights tickets
+    {weight: score} (initperf.tickets.saliency), for which `batches` and `loss` are. rewind_to: the iteration whose weights tickets
     start from; keep: globs of other parameters and buffers (biases, norms) that are not rewound but go on from the level
     before. Controls at every level: "reinit" (the ticket's mask, fresh weights), "sign-reinit" (fresh magnitudes, the
     initial signs), "shuffle" (mask permuted within each layer, initial weights kept), "random" (a mask of equal layer

@@ -11,14 +11,14 @@ from safetensors import torch as safetensors
 from torch import Tensor, nn
 
 from initperf import prune
-from initperf.checks import check
-from initperf.files import write_atomically
+from initperf.core.checks import check
+from initperf.core.files import write_atomically
 from initperf.init import initialize
-from initperf.prunable import full_masks, prunable
-from initperf.runfolder import RunFolder
-from initperf.running import derive_seed
-from initperf.schemes import Init
-from initperf.ticket import canonical, mask_layers
+from initperf.init.schemes import Init
+from initperf.tickets.prunable import full_masks, prunable
+from initperf.tickets.run import derive_seed
+from initperf.tickets.run_folder import RunFolder
+from initperf.tickets.ticket import canonical, mask_layers
 
 Made = tuple[nn.Module, Mapping[str, Init] | None]  # a model, and how it was initialized, where initialize told
 

@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from initperf import ops, rng
-from initperf.checks import InitPerfError, check, check_float_tensor, check_mask, check_seed, fail
-from initperf.files import write_atomically
-from initperf.schemes import Init
-from initperf.sparse_layer import SparseLayer
+from initperf import rng
+from initperf.core import ops
+from initperf.core.checks import InitPerfError, check, check_float_tensor, check_mask, check_seed, fail
+from initperf.core.files import write_atomically
+from initperf.init.schemes import Init
+from initperf.layers.base.sparse import SparseLayer
 
 FORMAT = 1
 KEY = "initperf"
@@ -328,7 +329,7 @@ def dense_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 def mask_layers(model: nn.Module, masks: Mapping[str, Tensor], *, sparse: bool | None = False) -> nn.Module:
     """sparsify, with canonical names."""
-    from initperf.convert import sparsify
+    from initperf.layers.convert import sparsify
 
     compressed = compressed_layers(model)
     actual = {canonical(n): n for n, _ in model.named_parameters() if canonical(n) not in compressed}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .checks import InitPerfImportError, fail
-from .monitor import VarianceMonitor
+from initperf.core.checks import InitPerfImportError, fail
+from initperf.variance.monitor import VarianceMonitor
 
 
 def lightning_callback(*, log_every: int = 50, **settings: Any) -> Any:

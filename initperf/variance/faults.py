@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .core.precision import in_float64
-from .layer_trace import SATURATING, squared_gain
-from .monitor import VarianceMonitor
-from .records import BACKWARD, FORWARD, GRADIENT, INPUT, Key, Reading
-from .schemes import fan_in
-from .verdicts import _FEW, THRESHOLDS, Verdict
+from initperf.core.precision import in_float64
+from initperf.init.schemes import fan_in
+from initperf.variance.layer_trace import SATURATING, squared_gain
+from initperf.variance.monitor import VarianceMonitor
+from initperf.variance.records import BACKWARD, FORWARD, GRADIENT, INPUT, Key, Reading
+from initperf.variance.verdicts import _FEW, THRESHOLDS, Verdict
 
 _RULES = {"tanh": "Xavier's", "sigmoid": "Xavier's", "selu": "LeCun's", None: "LeCun's"}
 

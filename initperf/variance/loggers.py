@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checks import InitPerfTypeError, check, fail
-from .monitor import Row, VarianceMonitor
+from initperf.core.checks import InitPerfTypeError, check, fail
+from initperf.variance.monitor import Row, VarianceMonitor
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 
-from .checks import InitPerfTypeError, fail
+from initperf.core.checks import InitPerfTypeError, fail
 
 Shape = tuple[int, int, int, int, int]  # A, C, I, step of A, step of C, in elements
 SHORT = 16  # runs of values shorter than this are copied together first

@@ -8,9 +8,9 @@ from math import prod
 
 import torch
 
-from . import ops
-from .checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_float_tensor, fail
-from .memory_views import memory_views, reduced_dims
+from initperf.core import ops
+from initperf.core.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_float_tensor, fail
+from initperf.variance.memory_views import memory_views, reduced_dims
 
 ops.register("moments", module="moments.moments")
 

@@ -11,12 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check, fail
-from .core.precision import widest
-from .core.torch_private import ConvNd, NormBase, graph_task, has_unscaled, is_compiled, scale_of
-from .layer_trace import RELU_LIKE, LayerTrace, tensors_in
-from .records import BACKWARD, BEFORE, FORWARD, GRADIENT, INPUT, INPUT_GRAD, UPDATE, Key, Reading, Record
-from .stats import moments
+from initperf.core.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check, fail
+from initperf.core.precision import widest
+from initperf.core.torch_private import ConvNd, NormBase, graph_task, has_unscaled, is_compiled, scale_of
+from initperf.variance.layer_trace import RELU_LIKE, LayerTrace, tensors_in
+from initperf.variance.moments import moments
+from initperf.variance.records import (
+    BACKWARD,
+    BEFORE,
+    FORWARD,
+    GRADIENT,
+    INPUT,
+    INPUT_GRAD,
+    UPDATE,
+    Key,
+    Reading,
+    Record,
+)
 
 SAMPLED = 1 << 14  # values of a weight, at most, whose update is measured: its rms is then known within 1%
 TOGETHER = 8 << 20  # bytes of gradients measured in one launch: one by one costs 2% of an MLP's step more; all, memory

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .stats import Moments
+from initperf.variance.moments import Moments
 
 FORWARD, BACKWARD, INPUT, INPUT_GRAD = "forward", "backward", "input", "input_grad"
 GRADIENT, UPDATE, BEFORE = "_grad", "_update", "_before"  # after a parameter's name

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import InitPerfRuntimeError, InitPerfTypeError, check, fail
-from .core.extras import needed
-from .layer_trace import tensors_in
-from .monitor import VarianceMonitor
-from .records import BACKWARD, FORWARD, Key, Reading
+from initperf.core.checks import InitPerfRuntimeError, InitPerfTypeError, check, fail
+from initperf.core.extras import needed
+from initperf.variance.layer_trace import tensors_in
+from initperf.variance.monitor import VarianceMonitor
+from initperf.variance.records import BACKWARD, FORWARD, Key, Reading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ class Verdicts:
 
 def judge(monitor: VarianceMonitor) -> Verdicts:
     """Verdicts on what a monitor last measured. Waits for the device."""
-    from .faults import Evidence, find
+    from initperf.variance.faults import Evidence, find
 
     evidence = Evidence.of(monitor)
     return Verdicts(find(evidence), evidence.readings, evidence.order)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from initperf import ops, rng
-from initperf.checks import InitPerfError, check, fail
+from initperf import rng
+from initperf.core import ops
+from initperf.core.checks import InitPerfError, check, fail
 
 SPLIT_SEED = 0x5EED
 DIGITS_SPLIT = 1097, 300, 400  # train, validation, test; no official split exists
@@ -71,7 +72,7 @@ def permutation(n: int, seed: int, stream: int | str = 0) -> Tensor:
 
 def load(name: str, folder: str | Path | None = None) -> DataSet:
     """The set `name` ("digits", "mnist" or "cifar10"); "mnist" reads any set of 28 x 28 images in IDX files from `folder`."""
-    from initperf.experiments.cifar import cifar10
+    from initperf.experiments.data.cifar import cifar10
 
     loaders = {"digits": digits, "mnist": lambda: mnist(folder), "cifar10": lambda: cifar10(folder)}
     check(name in loaders, f"data to be one of {', '.join(loaders)}", repr(name))
@@ -88,7 +89,7 @@ def kind_of(folder: str | Path) -> str:
 
 def digits() -> DataSet:
     """The UCI digits that ship inside the package: 1,797 images of 8 x 8, flattened to 64 values."""
-    raw = gzip.decompress(files("initperf.data").joinpath("digits.csv.gz").read_bytes())
+    raw = gzip.decompress(files("initperf.experiments.data").joinpath("digits.csv.gz").read_bytes())
     table = np.loadtxt(io.BytesIO(raw), delimiter=",", dtype=np.uint8)
     pixels, labels = table[:, :64], table[:, 64]
     mean, std = _mean_and_std(pixels, 16)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from initperf.core.extras import needed
-from initperf.figures import DENSE, STYLE, legend_above, look_of, svg
-from initperf.paired import Spread
+from initperf.report.numbers.intervals import Spread
+from initperf.report.pictures.figures import DENSE, STYLE, legend_above, look_of, svg
 
 with needed("report"):
     from matplotlib import rc_context

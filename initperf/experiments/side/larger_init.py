@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from initperf.checks import check
-from initperf.experiments.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
-from initperf.experiments.side import Setting
-from initperf.experiments.side_figures import Panel, panels_figure
-from initperf.findings import Table, accuracy, points
+from initperf.core.checks import check
+from initperf.experiments.side.figures import Panel, panels_figure
+from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
+from initperf.experiments.side.side import Setting
 from initperf.init import Init, initialize
-from initperf.results import Run
-from initperf.ticket import Ticket
+from initperf.report.numbers.results import Run
+from initperf.report.words.findings import Table, accuracy, points
+from initperf.tickets.ticket import Ticket
 
 SCALES = (1.0, math.sqrt(2), math.sqrt(10))
 DEFAULT = {"trials": 3}

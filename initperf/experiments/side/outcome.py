@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from initperf.checks import check
-from initperf.files import make_folder, write_atomically
-from initperf.findings import Table
-from initperf.paired import Difference, Spread, paired_difference, spread
-from initperf.results import Run
-from initperf.runfolder import write_csv
+from initperf.core.checks import check
+from initperf.core.files import make_folder, write_atomically
+from initperf.report.numbers.intervals import Difference, Spread, paired_difference, spread
+from initperf.report.numbers.results import Run
+from initperf.report.words.findings import Table
+from initperf.tickets.run_folder import write_csv
 
 Row = Mapping[str, Any]
 ACCURACY = "early_stop_test_accuracy"

@@ -1,6 +1,6 @@
 """Rescaled initial weights of a sub-network, the review's question: does a ticket train better with its lost variance restored?
 
-The masks of one search, each with rewound, fresh and shuffled survivors, scaled in the modes of initperf.rescale; measured
+The masks of one search, each with rewound, fresh and shuffled survivors, scaled in the modes of initperf.init.model.rescale; measured
 are the variance of every layer's pre-activations over that of the dense network, and the accuracy after training.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initperf.experiments.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
-from initperf.experiments.side import Setting
-from initperf.experiments.side_figures import Panel, panels_figure
-from initperf.findings import Table, accuracy, points
-from initperf.rescale import MODES
-from initperf.stats import moments
+from initperf.experiments.side.figures import Panel, panels_figure
+from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
+from initperf.experiments.side.side import Setting
+from initperf.init.model.rescale import MODES
+from initperf.report.words.findings import Table, accuracy, points
+from initperf.variance.moments import moments
 
 STARTS = {"ticket": "rewound", "reinit": "re-initialized", "shuffle": "shuffled"}
 ALL = ("none", *MODES)

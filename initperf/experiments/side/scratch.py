@@ -13,13 +13,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from initperf.checks import check
-from initperf.experiments.outcome import ACCURACY, Outcome, compare, early_and_final, over_trials, rows_of
-from initperf.experiments.side import Setting
-from initperf.experiments.side_figures import Panel, panels_figure
-from initperf.findings import NONE, Table, accuracy, percent, points
-from initperf.results import Run
-from initperf.running import Run as Training
+from initperf.core.checks import check
+from initperf.experiments.side.figures import Panel, panels_figure
+from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, early_and_final, over_trials, rows_of
+from initperf.experiments.side.side import Setting
+from initperf.report.numbers.results import Run
+from initperf.report.words.findings import NONE, Table, accuracy, percent, points
+from initperf.tickets.run import Run as Training
 
 FASTER = 5  # the second learning rate, over the recipe's
 MOST_COMPUTE = 4.0

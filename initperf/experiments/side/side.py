@@ -18,29 +18,29 @@ import torch
 from torch import Tensor, nn
 
 from initperf import __version__, prune
-from initperf.checks import check, check_seed
-from initperf.experiments import data as sets
+from initperf.core.checks import check, check_seed
+from initperf.experiments.data import sets
 from initperf.experiments.networks import mlp
-from initperf.experiments.outcome import Outcome
 from initperf.experiments.recipes import DEFAULT, Recipe, find
+from initperf.experiments.side.outcome import Outcome
 from initperf.experiments.training import train
 from initperf.init import initialize
-from initperf.results import Run, read_run
-from initperf.running import Run as Training
-from initperf.running import derive_seed
-from initperf.search import TicketSearch
-from initperf.ticket import Ticket, mask_layers
+from initperf.report.numbers.results import Run, read_run
+from initperf.tickets.run import Run as Training
+from initperf.tickets.run import derive_seed
+from initperf.tickets.search import TicketSearch
+from initperf.tickets.ticket import Ticket, mask_layers
 
 Init = str | Callable[[nn.Module, int], Any]
 Masks = dict[str, Tensor]
 SAMPLE = 256  # training images on which variances are measured
 KINDS = ("ticket", "reinit", "shuffle")
 EXPERIMENTS = {  # name -> module, function
-    "width": ("initperf.experiments.width", "run_width"),
-    "rescale": ("initperf.experiments.rescaled", "run_rescale"),
-    "larger-init": ("initperf.experiments.larger_init", "run_larger_init"),
-    "scratch": ("initperf.experiments.scratch", "run_scratch"),
-    "structured": ("initperf.experiments.unit_pruning", "run_unit_pruning"),
+    "width": ("initperf.experiments.side.width", "run_width"),
+    "rescale": ("initperf.experiments.side.rescaled", "run_rescale"),
+    "larger-init": ("initperf.experiments.side.larger_init", "run_larger_init"),
+    "scratch": ("initperf.experiments.side.scratch", "run_scratch"),
+    "structured": ("initperf.experiments.side.unit_pruning", "run_unit_pruning"),
 }
 VERSIONS = {"initperf": __version__, "torch": torch.__version__}
 

@@ -18,17 +18,17 @@ from typing import Any
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from initperf.checks import check
+from initperf.core.checks import check
+from initperf.core.files import write_atomically
 from initperf.experiments.networks import weights_of
-from initperf.experiments.outcome import ACCURACY, Outcome, compare, early_and_final, over_trials, rows_of
-from initperf.experiments.scratch import MOST_COMPUTE, compute, scratch_rows
-from initperf.experiments.side import Setting
-from initperf.experiments.side_figures import Panel, panels_figure
-from initperf.files import write_atomically
-from initperf.findings import NONE, Table, accuracy, percent, points
+from initperf.experiments.side.figures import Panel, panels_figure
+from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, early_and_final, over_trials, rows_of
+from initperf.experiments.side.scratch import MOST_COMPUTE, compute, scratch_rows
+from initperf.experiments.side.side import Setting
 from initperf.init import initialize
-from initperf.running import Run as Training
-from initperf.running import derive_seed
+from initperf.report.words.findings import NONE, Table, accuracy, percent, points
+from initperf.tickets.run import Run as Training
+from initperf.tickets.run import derive_seed
 
 KEPT = (0.5, 0.2, 0.1)  # of the units of every hidden layer
 DEFAULT = {"trials": 5}

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from initperf.checks import check
-from initperf.experiments.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
-from initperf.experiments.side import Setting
-from initperf.experiments.side_figures import Panel, panels_figure
-from initperf.findings import Table, accuracy, points
+from initperf.core.checks import check
+from initperf.experiments.side.figures import Panel, panels_figure
+from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
+from initperf.experiments.side.side import Setting
+from initperf.report.words.findings import Table, accuracy, points
 
 WIDTHS = (75, 150, 300, 600)
 FRACTION = 0.5  # a round, about

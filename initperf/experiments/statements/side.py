@@ -1,6 +1,6 @@
 """The statements of Liu et al. 2019 and of a review on initial weights, judged by the results of the side experiments.
 
-initperf.experiments.claims has the rules.
+initperf.experiments.statements.claims has the rules.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from initperf.experiments.claims import (
+from initperf.experiments.side.outcome import ACCURACY, by_trial, compare
+from initperf.experiments.side.rescaled import layers_of, mean_ratio
+from initperf.experiments.statements.claims import (
     NOT_REPRODUCED,
     REPRODUCED,
     Statement,
@@ -19,10 +21,8 @@ from initperf.experiments.claims import (
     decide,
     untested,
 )
-from initperf.experiments.outcome import ACCURACY, by_trial, compare
-from initperf.experiments.rescaled import layers_of, mean_ratio
-from initperf.findings import percent, points
-from initperf.paired import Difference
+from initperf.report.numbers.intervals import Difference
+from initperf.report.words.findings import percent, points
 
 RETHINKING, REVIEW = "Liu et al. 2019", "review"
 Rows = list[dict[str, Any]]

@@ -14,20 +14,20 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from initperf import findings
-from initperf.analysis import write_analysis
-from initperf.analysis_findings import movement_table, overlap_table, own_rates_table, survivors_table
-from initperf.checks import InitPerfError, check
-from initperf.experiments.claims import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, Statement
-from initperf.experiments.outcome import read_rows
-from initperf.experiments.side import EXPERIMENTS
-from initperf.experiments.side_statements import Rows, rethinking, review
-from initperf.experiments.ticket_statements import budget_of, convolutional, lenet, movement
-from initperf.files import make_folder, write_atomically
-from initperf.findings import Table
-from initperf.results import Run, read_run
-from initperf.run_tables import read_json
-from initperf.survivors import examine
+from initperf.core.checks import InitPerfError, check
+from initperf.core.files import make_folder, write_atomically
+from initperf.experiments.side.outcome import read_rows
+from initperf.experiments.side.side import EXPERIMENTS
+from initperf.experiments.statements.claims import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, Statement
+from initperf.experiments.statements.side import Rows, rethinking, review
+from initperf.experiments.statements.tickets import budget_of, convolutional, lenet, movement
+from initperf.report.numbers.csv_rows import read_json
+from initperf.report.numbers.movement import write_analysis
+from initperf.report.numbers.results import Run, read_run
+from initperf.report.numbers.survivors import examine
+from initperf.report.words import findings
+from initperf.report.words.findings import Table
+from initperf.report.words.movement import movement_table, overlap_table, own_rates_table, survivors_table
 
 RULES = (
     "Every verdict is computed. Differences are paired by trial; their 95% intervals are Student's t, each taken alone. A "
@@ -110,7 +110,8 @@ def _markdown(table: Table) -> str:
 
 def _run(run: Run, folder: Path) -> str:
     """Figures and tables of a run; its numbers beside."""
-    from initperf import analysis_figures, figures
+    from initperf.report.pictures import figures
+    from initperf.report.pictures import movement as analysis_figures
 
     name = str(run.config.get("recipe", run.folder.name))
     survivors, overlaps = examine(run)
@@ -172,7 +173,3 @@ def main(args: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """The statements of Frankle & Carbin 2019 (LeNet-300-100, Conv-2/4/6, appendix F.5), judged by the results of a run.
 
-initperf.experiments.claims has the rules.
+initperf.experiments.statements.claims has the rules.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from initperf.analysis import Gap, growth, movement_gap, movement_of
-from initperf.analysis_findings import explained
-from initperf.experiments.claims import (
+from initperf.experiments.side.outcome import ACCURACY
+from initperf.experiments.statements.claims import (
     NOT_REPRODUCED,
     NOT_TESTED,
     REPRODUCED,
@@ -25,10 +24,11 @@ from initperf.experiments.claims import (
     sooner_statement,
     untested,
 )
-from initperf.experiments.outcome import ACCURACY
-from initperf.findings import name_of, percent, points
-from initperf.paired import Difference
-from initperf.results import Run
+from initperf.report.numbers.intervals import Difference
+from initperf.report.numbers.movement import Gap, growth, movement_gap, movement_of
+from initperf.report.numbers.results import Run
+from initperf.report.words.findings import name_of, percent, points
+from initperf.report.words.movement import explained
 
 SOURCE = "Frankle & Carbin 2019"
 CONVOLUTIONAL = {  # times earlier, at; points better, at

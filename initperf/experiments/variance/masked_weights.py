@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from initperf import init as initializers
 from initperf import prune, rng
-from initperf.checks import check
-from initperf.stats import moments
+from initperf.core.checks import check
+from initperf.variance.moments import moments
 
 MASKS = ("random", "magnitude", "rewound")
 RESCALES = ("layer", "unit", "squares", "measured")

@@ -21,13 +21,19 @@ from torch.nn import functional
 
 from initperf import init as initializers
 from initperf import rng
-from initperf.checks import check, check_seed
+from initperf.core.checks import check, check_seed
 from initperf.core.extras import need
-from initperf.files import make_folder, write_atomically
-from initperf.stats import moments
-
-from .masked_weights import find_masks, kept_share, prune_weights
-from .variance_nets import ACTIVATIONS, LABELS, SCHEMES, draw_weight, expected_variances, gaussian_means
+from initperf.core.files import make_folder, write_atomically
+from initperf.experiments.variance.masked_weights import find_masks, kept_share, prune_weights
+from initperf.experiments.variance.nets import (
+    ACTIVATIONS,
+    LABELS,
+    SCHEMES,
+    draw_weight,
+    expected_variances,
+    gaussian_means,
+)
+from initperf.variance.moments import moments
 
 VARIANCES = (0.001, 0.01, 0.02, 0.1, 1.0)
 
@@ -92,7 +98,7 @@ class VarianceResult:
 
     def save(self, out: str | Path) -> tuple[Path, Path]:
         """Write variance.csv and variance.png to the folder `out`; each file is whole or absent."""
-        from .variance_figure import png
+        from initperf.experiments.variance.figure import png
 
         folder, rows, text = make_folder(out), self.table(), io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from initperf.schemes import Init
+from initperf.init.schemes import Init
 
 _CUT_STD = 0.8796256610342398  # standard deviation of N(0, 1) cut at -2 and 2
 

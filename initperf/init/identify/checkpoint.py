@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from initperf.checks import FLOATS, check, fail
+from initperf.core.checks import FLOATS, check, fail
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

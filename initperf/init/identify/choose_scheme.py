@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from initperf.candidates import Candidate
+from initperf.init.identify.candidates import Candidate
 
 TRAINED = "trained, unknown"
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a parameter's name

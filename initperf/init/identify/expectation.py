@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from initperf import schemes
-from initperf.checks import check
-from initperf.fit import facts_of, rejected, without_zeros
-from initperf.init_plan import plan
-from initperf.schemes import Init, Place
-from initperf.stats import moments
+from initperf.core.checks import check
+from initperf.init import schemes
+from initperf.init.identify.fit import facts_of, rejected, without_zeros
+from initperf.init.model.plan import plan
+from initperf.init.schemes import Init, Place
+from initperf.variance.moments import moments
 
 if TYPE_CHECKING:
-    from initperf.explain import Finding
+    from initperf.init.identify.identify import Finding
 
 
 def expected(model: Any, tensors: Mapping[str, Tensor], expect: Mapping[str, str | Init]) -> dict[str, Init]:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from initperf.schemes import Init
-from initperf.stats import Moments
+from initperf.init.schemes import Init
+from initperf.variance.moments import Moments
 
 STANDARD_ERRORS = 5.0
 CHI_LIMIT = 6.0

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initperf import rng, schemes
-from initperf.candidates import Candidate, Surroundings, candidates
-from initperf.checkpoint import read_tensors
-from initperf.checks import FLOATS, InitPerfTypeError, check, check_mapping, fail
-from initperf.expectation import disagreement, expected
-from initperf.fit import Facts, facts_of, log_likelihood, rejected, without_clamped, without_zeros
-from initperf.posterior import NUMBER, TRAINED, Case, Fit, most_probable
-from initperf.schemes import Init
-from initperf.stats import Moments, moments
-from initperf.structured import structured
+from initperf import rng
+from initperf.core.checks import FLOATS, InitPerfTypeError, check, check_mapping, fail
+from initperf.init import schemes
+from initperf.init.identify.candidates import Candidate, Surroundings, candidates
+from initperf.init.identify.checkpoint import read_tensors
+from initperf.init.identify.choose_scheme import NUMBER, TRAINED, Case, Fit, most_probable
+from initperf.init.identify.expectation import disagreement, expected
+from initperf.init.identify.fit import Facts, facts_of, log_likelihood, rejected, without_clamped, without_zeros
+from initperf.init.identify.structured import structured
+from initperf.init.schemes import Init
+from initperf.variance.moments import Moments, moments
 
 ANY_SCALE = 10_000  # values from which a normal or uniform of a scale that no scheme has is named so
 NO_SCHEME = ", of no known scheme"
@@ -78,7 +79,7 @@ def describe(model: nn.Module | Mapping[str, Tensor], expect: Mapping[str, str |
     """Which known scheme (He, Xavier, LeCun, torch's defaults, normal and truncated 0.02, constants, orthogonal, ...) explains each parameter.
 
     A scheme fits if mean, variance, range, tails, the shape (Kolmogorov-Smirnov) and, for matrices, the independence of
-    rows and columns and the largest singular value do (initperf/fit.py: the tests and their fixed limits). Of several that
+    rows and columns and the largest singular value do (initperf/init/identify/fit.py: the tests and their fixed limits). Of several that
     fit, the one of the greatest posterior probability is named: its likelihood times how much of this model it explains.
     What nothing explains is "trained, unknown".
     expect: {glob: name of a scheme, or an Init}; the last glob that matches counts, and disagreements are reported.

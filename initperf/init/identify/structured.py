@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from initperf.fit import MATRIX
-from initperf.stats import Moments
+from initperf.init.identify.fit import MATRIX
+from initperf.variance.moments import Moments
 
 
 def structured(tensor: Tensor, found: Moments) -> tuple[str, str] | None:

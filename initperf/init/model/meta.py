@@ -9,9 +9,9 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from initperf.checks import fail
-from initperf.pretrained import owned, rehearsed
-from initperf.schemes import NORMS
+from initperf.core.checks import fail
+from initperf.init.model.transformers import owned, rehearsed
+from initperf.init.schemes import NORMS
 
 _LARGE = 4 << 20  # bytes: two huge pages
 _PAGE = mmap.PAGESIZE

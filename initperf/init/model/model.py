@@ -8,23 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from initperf import parametrized, rng
-from initperf.checks import (
-    InitPerfTypeError,
-    check,
-    check_mapping,
-    check_seed,
-    fail,
-)
+from initperf import rng
+from initperf.core.checks import InitPerfTypeError, check, check_mapping, check_seed, fail
 from initperf.core.torch_private import DisableTorchFunction, NormBase
-from initperf.filling import SEPARATE, Figures, fill, local
-from initperf.init_plan import Scheme, Task, attach_masks, plan
-from initperf.materialize import check_buffers, materialize
-from initperf.pretrained import init_weights
-from initperf.redirect import fast_init_by_name
-from initperf.rescale import MODES, check_layers, measured, reached
-from initperf.schemes import Init
-from initperf.stats import moments
+from initperf.init.model import parametrized
+from initperf.init.model.meta import check_buffers, materialize
+from initperf.init.model.plan import Scheme, Task, attach_masks, plan
+from initperf.init.model.rescale import MODES, check_layers, measured, reached
+from initperf.init.model.transformers import init_weights
+from initperf.init.model.write import SEPARATE, Figures, fill, local
+from initperf.init.redirect import fast_init_by_name
+from initperf.init.schemes import Init
+from initperf.variance.moments import moments
 
 
 class Record(NamedTuple):
@@ -90,7 +85,7 @@ def initialize(
     rules: {glob of names: scheme}; the last glob that matches a name counts, and one that matches none raises.
     masks: {name: bool tensor}: zeros where False; layers with a mask of their own (MaskedLinear) keep to it. A
     compressed layer (weight_values, weight_mask_bits, weight_shape) gets the survivors of its dense values, alone. rescale:
-    "layer", "unit", "squares" or "measured" scale masked weights (initperf/rescale.py); sample: for "measured", the
+    "layer", "unit", "squares" or "measured" scale masked weights (initperf/init/model/rescale.py); sample: for "measured", the
     model's input (a tensor, or a tuple of arguments). stats: measure mean and variance of each parameter.
     device: where parameters of the meta device are made; the CPU if not given. seed: drawn from torch's if not given.
     A module of an unknown class runs its own reset_parameters under fast_init, seeded by its name; without one, its
@@ -167,7 +162,7 @@ def _execute(
     exact: set[str],
     figures: Figures,
 ) -> None:
-    """Write everything; `exact` and `figures` as initperf.filling.fill has them."""
+    """Write everything; `exact` and `figures` as initperf.init.model.write.fill has them."""
     for module in model.modules():
         if isinstance(module, NormBase):
             module.reset_running_stats()

@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from initperf.core.torch_private import OrthogonalStep, SpectralNormStep, WeightNormStep
-from initperf.redirect import fast_init_by_name
+from initperf.init.redirect import fast_init_by_name
 
 _POWER_STEPS = 15  # as torch takes when it registers spectral_norm
 

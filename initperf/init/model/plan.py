@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from initperf import dropins, parametrized, pretrained, rng, schemes
-from initperf.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
+from initperf import rng
+from initperf.core.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
 from initperf.core.torch_private import DisableTorchFunction
+from initperf.init import schemes, torch_init
+from initperf.init.model import parametrized
+from initperf.init.model import transformers as pretrained
+from initperf.init.schemes import Init, Place
 from initperf.kernels.reference.sampling.sample_many import unpacked
-from initperf.sampling import check_bits, is_plain, is_sharded
-from initperf.schemes import Init, Place
+from initperf.rng.sampling import check_bits, is_plain, is_sharded
 
 Choice = str | Init | rng.Distribution | float | None
 Scheme = Choice | Callable[[str, Tensor, nn.Module], Choice]
@@ -151,7 +154,7 @@ def _own(model: nn.Module, tasks: Mapping[int, Task]) -> tuple[dict[int, Init], 
 
 def _decide(task: Task, scheme: Scheme, by_itself: Init | None, reset: tuple[str, nn.Module, str] | None) -> None:
     place = task.place
-    if getattr(scheme, "__module__", "") in (torch.nn.init.__name__, dropins.__name__):
+    if getattr(scheme, "__module__", "") in (torch.nn.init.__name__, torch_init.__name__):
         name = getattr(scheme, "__name__", "")
         fail(
             "the scheme as a name, such as 'kaiming_normal', or a function of (name, parameter, module)",

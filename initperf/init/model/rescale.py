@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from initperf import ops
-from initperf.checks import fail
+from initperf.core import ops
+from initperf.core.checks import fail
 from initperf.core.precision import in_float64
 from initperf.core.torch_private import ConvNd, ConvTransposeNd
-from initperf.layer_trace import tensors_in
-from initperf.schemes import by_unit
-from initperf.stats import moments
+from initperf.init.schemes import by_unit
+from initperf.variance.layer_trace import tensors_in
+from initperf.variance.moments import moments
 
 if TYPE_CHECKING:
-    from initperf.init_plan import Task
+    from initperf.init.model.plan import Task
 
 _PART = 1 << 20  # dense values of a compressed weight that are made at a time
 MODES = ("layer", "unit", "squares", "measured")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from initperf.redirect import fast_init_by_name
+from initperf.init.redirect import fast_init_by_name
 
 _FLAG = "_is_hf_initialized"  # what transformers leaves on loaded parameters, which its functions then do not touch
 

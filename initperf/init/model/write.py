@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from initperf.core.torch_private import shard_offset
-from initperf.init_plan import Task
-from initperf.rescale import rescale_all
-from initperf.sampling import (
+from initperf.init.model.plan import Task
+from initperf.init.model.rescale import rescale_all
+from initperf.rng.sampling import (
     bits_set,
     has_own_memory,
     is_sharded,

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from initperf import direct, ops, sampling
-from initperf.checks import InitPerfRuntimeError, fail
-from initperf.choice import MOST
+from initperf.core import ops, without_dispatch
+from initperf.core.checks import InitPerfRuntimeError, fail
 from initperf.core.torch_private import function_transform, hook
 from initperf.kernels.reference.sampling.sample_many import unpacked
+from initperf.layers.choice.table import MOST
+from initperf.rng import sampling
 
 _CALLS = ops.CALLS
 ops.register("zero_pruned", "masks.zero_pruned")
@@ -23,7 +24,7 @@ ops.register("pattern_tensors", "sparse.index")
 ops.register("sparse_tensors", "linear.sparse_linear")
 
 
-# Which product a layer's last input took; its shape and dtype, the bias's shape, and the setting of initperf.choice.
+# Which product a layer's last input took; its shape and dtype, the bias's shape, and the setting of initperf.layers.choice.table.
 Way = tuple[Callable[..., Tensor], torch.Size, torch.dtype, torch.Size | None, tuple[object, ...]]
 
 
@@ -131,7 +132,7 @@ class Pattern:
         if mask is not self._source or (version >= 0 and mask._version != version):
             self.unchanged_mask()  # or an error
         _CALLS[self.masked] += 1
-        return _kernel() if direct.writable(gradient) else None
+        return _kernel() if without_dispatch.writable(gradient) else None
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from initperf.checks import InitPerfRuntimeError, fail
+from initperf.core.checks import InitPerfRuntimeError, fail
 
 FOLLOWERS: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # optimizers given to mask_optimizer_
 

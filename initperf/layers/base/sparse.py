@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from initperf import rng, sampling
-from initperf.checks import FLOATS, check_mask, check_mask_has_data, fail
-from initperf.compressed import pick, spread
-from initperf.masked_layer import MaskedLayer, check_own_weight, new_module
-from initperf.parameter_memory import reshape, watch_optimizers
-from initperf.pattern import CompressedPattern, Pattern, pack_bits, unpack_bits
+from initperf import rng
+from initperf.core.checks import FLOATS, check_mask, check_mask_has_data, fail
+from initperf.layers.base.masked import MaskedLayer, check_own_weight, new_module
+from initperf.layers.base.pattern import CompressedPattern, Pattern, pack_bits, unpack_bits
+from initperf.layers.base.reshape_parameter import reshape, watch_optimizers
+from initperf.layers.base.survivors import pick, spread
+from initperf.rng import sampling
 
 if TYPE_CHECKING:
     from typing_extensions import Self

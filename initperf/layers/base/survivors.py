@@ -9,8 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from initperf import ops
-from initperf.pattern import pack_bits, unpack_bits
+from initperf.core import ops
+from initperf.layers.base.pattern import pack_bits, unpack_bits
 
 
 def spread(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures the break-even densities that initperf/choice.py decides by: about a minute on two cores.
+"""Measures the break-even densities that initperf/layers/choice/table.py decides by: about a minute on two cores.
 
 For every product, batch and size of layer the dense product is timed, and the sparse kernel at two densities; its time is
 close to linear in density, so a line through the two meets the dense time at the break-even. The table is written whole or
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from initperf import choice, ops
-from initperf.checks import InitPerfImportError, fail
-from initperf.choice import KINDS, MOST, ROWS, WEIGHTS, Table
-from initperf.files import write_atomically
+from initperf.core import ops
+from initperf.core.checks import InitPerfImportError, fail
+from initperf.core.files import write_atomically
+from initperf.layers.choice import table as choice
+from initperf.layers.choice.table import KINDS, MOST, ROWS, WEIGHTS, Table
 
 if not ops.usable("numba"):
     fail("numba, whose kernels are timed: pip install numba", "an installation without", kind=InitPerfImportError)

@@ -11,9 +11,9 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from .checks import check, fail
-from .gpu_counts import COUNTS
-from .gpu_devices import DEVICES, Device
+from initperf.core.checks import check, fail
+from initperf.layers.choice.gpu_counts import COUNTS
+from initperf.layers.choice.gpu_devices import DEVICES, Device
 
 OPS = ("forward", "dx", "dw")
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}

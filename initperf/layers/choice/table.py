@@ -1,10 +1,10 @@
 """Sparse kernel or dense product: the one place that decides, from break-even densities measured on the machine at hand.
 
 `initperf doctor --calibrate` measures a table and keeps it for this processor, number of threads and version of the kernels
-(initperf/calibrate.py); without one the built-in table counts, the lower figures of two machines. A table says, by product,
+(initperf/layers/choice/calibrate.py); without one the built-in table counts, the lower figures of two machines. A table says, by product,
 bytes of an element, batch rows and weights of a layer, from which density down the sparse kernel is faster.
 Overrides: INITPERF_PRODUCTS=sparse or dense in the environment, or `with prefer("dense"):`. What ran is counted in
-initperf.ops.CALLS, and logged by the logger "initperf" at level DEBUG.
+initperf.core.ops.CALLS, and logged by the logger "initperf" at level DEBUG.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from initperf import ops
-from initperf.checks import check, fail
-from initperf.gpu_choice import DTYPES, LAYER_KERNELS, kernel_pays
-from initperf.gpu_devices import Device, device_of
+from initperf.core import ops
+from initperf.core.checks import check, fail
+from initperf.layers.choice.gpu_devices import Device, device_of
+from initperf.layers.choice.gpu_model import DTYPES, LAYER_KERNELS, kernel_pays
 
 KINDS = (  # the products of a masked layer, then those of a compressed one
     "masked_linear",
@@ -39,7 +39,7 @@ KINDS = (  # the products of a masked layer, then those of a compressed one
 )
 ROWS = (1, 4, 16, 64, 256)  # batch rows
 WEIGHTS = (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 24)  # of a layer; the last are beyond the caches
-MOST = 0.95  # density from which no index is built (initperf/pattern.py)
+MOST = 0.95  # density from which no index is built (initperf/layers/base/pattern.py)
 # By ROWS: density below which layers run as one call, where single ones may run dense.
 CHAINS = (0.95, 0.5, 0.7, 0.7, 0.9)
 # Likewise in training; survivors up to which three layers do; and beyond which product of rows and weights their activations leave the caches.
@@ -71,7 +71,7 @@ check(_mode in MODES, f"INITPERF_PRODUCTS to be one of {', '.join(MODES)}", _mod
 def sparse_pays(kind: str, rows: int, shape: Sequence[int], nnz: int, dtype: torch.dtype, device: str) -> bool:
     """Whether the sparse kernel runs for `kind` (of KINDS), or the dense product.
 
-    rows: of the batch; shape: (N, K) of the weight; nnz: survivors; device: its type. On a GPU predicted, by initperf/gpu_choice.py, whose
+    rows: of the batch; shape: (N, K) of the weight; nnz: survivors; device: its type. On a GPU predicted, by initperf/layers/choice/gpu_model.py, whose
     masked_grad_weight goes by live tiles instead.
     """
     if device not in ("cpu", "cuda"):  # no kernels
@@ -103,7 +103,7 @@ def all_dense(storage: str, rows: int, shape: tuple[int, int], nnz: int, dtype: 
 
 
 def chain_pays(rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
-    """Whether compressed layers of so many weights together run as one call (initperf/chain.py), and not one by one."""
+    """Whether compressed layers of so many weights together run as one call (initperf/layers/sequential.py), and not one by one."""
     if _mode != "auto":
         return _mode == "sparse"
     limit = _chain_below(rows, dtype.itemsize)
@@ -141,7 +141,7 @@ def _training_chain(rows: int) -> tuple[float, float]:
 
 
 def kept_pays(storage: str, rows: int, weights: int, nnz: int, dtype: torch.dtype) -> bool:
-    """Whether a layer in inference runs on survivors in the kernels' order (initperf/kept.py). storage: "masked" or "sparse"."""
+    """Whether a layer in inference runs on survivors in the kernels' order (initperf/layers/inference/ordered_copy.py). storage: "masked" or "sparse"."""
     if _mode != "auto":
         return _mode == "sparse"
     return nnz < weights * _kept_below(storage, rows, weights, dtype.itemsize)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from initperf import choice, ops
-from initperf.write_watch import WriteWatch, watch
+from initperf.core import ops
+from initperf.layers.choice import table as choice
+from initperf.layers.inference.write_watch import WriteWatch, watch
 
 if TYPE_CHECKING:
-    from initperf.pattern import Pattern
+    from initperf.layers.base.pattern import Pattern
 
 LEAST = 1 << 19  # weights; what smaller layers gain does not repay the question whether they were written
 REPAID = 100  # calls that together gain what the copy costs, with the protection of pages and the first write to each

@@ -20,7 +20,7 @@ import weakref
 from functools import cache
 from typing import NamedTuple
 
-from initperf.checks import check
+from initperf.core.checks import check
 
 _SYSCALLS = {"x86_64": 323, "aarch64": 282}  # userfaultfd
 _O_CLOEXEC, _USER_MODE_ONLY = 0o2000000, 1

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from initperf import direct, ops, sparse_ops
-from initperf.checks import InitPerfRuntimeError, fail
+from initperf.core import ops, without_dispatch
+from initperf.core.checks import InitPerfRuntimeError, fail
 from initperf.core.torch_private import single_level_apply
-from initperf.pattern import Pattern, version_of
+from initperf.layers.base.pattern import Pattern, version_of
+from initperf.layers.ops import sparse_linear as sparse_ops
 
 Parameters = Sequence[Tensor | None]  # values and bias or None, layer by layer
 ops.register("sparse_chain_training", "chain.training")
@@ -63,7 +64,7 @@ class _Chain(torch.autograd.Function):
     def backward(ctx, dy):
         run, needs = ctx.run, ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors
-        direct.check_saved(ctx.shapes, *saved)
+        without_dispatch.check_saved(ctx.shapes, *saved)
         layers = len(run.shapes)
         tiles, values, x = saved[0], saved[1 : 1 + layers], saved[-1] if len(saved) > 1 + layers else None
         for pattern, bits in zip(run.patterns, run.bits, strict=True):
@@ -73,7 +74,7 @@ class _Chain(torch.autograd.Function):
                     "one that was changed in between",
                     kind=InitPerfRuntimeError,
                 )
-        if not (direct.writable(dy) and _as_saved(run.plan, dy, tiles, values)):
+        if not (without_dispatch.writable(dy) and _as_saved(run.plan, dy, tiles, values)):
             return None, *_by_layers(ctx, x, values, dy, needs)
         ops.CALLS["sparse_chain_backward", "numba"] += 1
         dx, gradients = run.plan.backward(dy.contiguous(), tiles, values, needs[0], needs[1:])

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from initperf import choice, direct, ops
-from initperf.choice import MOST
+from initperf.core import ops, without_dispatch
 from initperf.kernels.reference.conv import conv2d as reference
 from initperf.kernels.reference.conv.conv2d import Ints
-from initperf.pattern import Pattern, pack_bits
+from initperf.layers.base.pattern import Pattern, pack_bits
+from initperf.layers.choice import table as choice
+from initperf.layers.choice.table import MOST
 
 ops.register("conv_pattern_tensors", "conv.conv2d")
 
@@ -95,7 +96,7 @@ def conv2d(
 ) -> Tensor:
     """The op masked_conv2d, without a dispatch to Python where nothing could tell the difference."""
     index = pattern.tensors
-    if not direct.plain(x):
+    if not without_dispatch.plain(x):
         return masked_conv2d(x, weight, bias, survivors, index, *rest)
     if not torch.is_grad_enabled() or not (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -171,7 +172,7 @@ def _both_dense(dy: Tensor, x: Tensor, pattern: list[Tensor], shape: Ints, strid
     """Whether both gradients are torch's own, and nothing but autograd could tell that they come from one call."""
     return (
         not torch.is_grad_enabled()
-        and direct.plain(dy)
+        and without_dispatch.plain(dy)
         and _is_dense("masked_conv2d_grad_input", len(dy), x.shape[2:], pattern, shape, stride, dy)
         and _is_dense("masked_conv2d_grad_weight", len(dy), dy.shape[2:], pattern, shape, stride, dy)
     )
@@ -202,12 +203,12 @@ class _Conv2d(torch.autograd.Function):
     def forward(ctx, x, weight, bias, survivors, pattern, *rest):
         ctx.save_for_backward(x, weight, survivors, *pattern)
         ctx.rest, ctx.shapes = rest, (x.shape, weight.shape)
-        return direct.below(masked_conv2d, _masked_conv2d, x, weight, bias, survivors, pattern, *rest)
+        return without_dispatch.below(masked_conv2d, _masked_conv2d, x, weight, bias, survivors, pattern, *rest)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, survivors, *pattern = ctx.saved_tensors
-        direct.check_saved(ctx.shapes, x, weight)
+        without_dispatch.check_saved(ctx.shapes, x, weight)
         shape, *geometry, premasked = ctx.rest
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = None
@@ -216,9 +217,11 @@ class _Conv2d(torch.autograd.Function):
             return *grads, *(None,) * (2 + len(ctx.rest))
         if needs_x:
             args = (dy, weight, survivors, pattern, shape, x.shape[2:], *geometry, premasked)
-            dx = direct.backward(masked_conv2d_grad_input, _grad_input, *args)
+            dx = without_dispatch.backward(masked_conv2d_grad_input, _grad_input, *args)
         if needs_weight:
-            dw = direct.backward(masked_conv2d_grad_weight, _grad_weight, dy, x, survivors, pattern, shape, *geometry)
+            dw = without_dispatch.backward(
+                masked_conv2d_grad_weight, _grad_weight, dy, x, survivors, pattern, shape, *geometry
+            )
         return dx, dw, dy.sum((0, 2, 3)) if needs_bias else None, *(None,) * (2 + len(ctx.rest))
 
 
@@ -228,7 +231,7 @@ class _GradInput(torch.autograd.Function):
         ctx.save_for_backward(dy, weight, survivors, *pattern)
         ctx.rest = (shape, *rest)
         args = (dy, weight, survivors, pattern, shape, size, *rest)
-        return direct.below(masked_conv2d_grad_input, _grad_input, *args)
+        return without_dispatch.below(masked_conv2d_grad_input, _grad_input, *args)
 
     @staticmethod
     def backward(ctx, g):
@@ -244,7 +247,7 @@ class _GradWeight(torch.autograd.Function):
     def forward(ctx, dy, x, survivors, pattern, *rest):
         ctx.save_for_backward(dy, x, survivors, *pattern)
         ctx.rest = rest
-        return direct.below(masked_conv2d_grad_weight, _grad_weight, dy, x, survivors, pattern, *rest)
+        return without_dispatch.below(masked_conv2d_grad_weight, _grad_weight, dy, x, survivors, pattern, *rest)
 
     @staticmethod
     def backward(ctx, g):  # g is any tensor of the weight's storage: not masked

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from initperf import direct, ops
-from initperf.choice import sparse_pays
+from initperf.core import ops, without_dispatch
 from initperf.core.torch_private import single_level_apply
 from initperf.kernels.reference.linear import masked_linear as reference
+from initperf.layers.choice.table import sparse_pays
 
 if TYPE_CHECKING:
-    from initperf.pattern import Pattern
+    from initperf.layers.base.pattern import Pattern
 
 _DENSE = {"cpu": "mkl", "cuda": "cublas"}
 OWN = "numba-dense"  # as what our own dense products are counted
@@ -141,22 +141,22 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, mask, pattern, premasked):
         ctx.save_for_backward(x, weight, mask)
         ctx.pattern, ctx.premasked, ctx.shapes = pattern, premasked, (x.shape, weight.shape)
-        return direct.below(masked_linear, _masked_linear, x, weight, bias, mask, pattern, premasked)
+        return without_dispatch.below(masked_linear, _masked_linear, x, weight, bias, mask, pattern, premasked)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, mask = ctx.saved_tensors
-        direct.check_saved(ctx.shapes, x, weight)
+        without_dispatch.check_saved(ctx.shapes, x, weight)
         pattern, premasked = ctx.pattern, ctx.premasked
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         db = dy.sum(0) if needs_bias else None
-        if direct.writable(dy):  # asked once for both products
+        if without_dispatch.writable(dy):  # asked once for both products
             dx = _masked_grad_input(dy, weight, mask, pattern, premasked) if needs_x else None
             dw = _masked_grad_weight(dy, x, mask, pattern) if needs_weight else None
             return dx, dw, db, None, None, None
         products = (masked_grad_input, _masked_grad_input), (masked_grad_weight, _masked_grad_weight)
-        dx = direct.backward(*products[0], dy, weight, mask, pattern, premasked) if needs_x else None
-        dw = direct.backward(*products[1], dy, x, mask, pattern) if needs_weight else None
+        dx = without_dispatch.backward(*products[0], dy, weight, mask, pattern, premasked) if needs_x else None
+        dw = without_dispatch.backward(*products[1], dy, x, mask, pattern) if needs_weight else None
         return dx, dw, db, None, None, None
 
 
@@ -173,12 +173,12 @@ class _OwnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (x, weight), mask = ctx.saved_tensors, ctx.pattern.unchanged_mask()
-        direct.check_saved(ctx.shapes, x, weight)
+        without_dispatch.check_saved(ctx.shapes, x, weight)
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        if not (direct.writable(dy) and weight.is_contiguous() and weight.dtype is x.dtype is dy.dtype):
+        if not (without_dispatch.writable(dy) and weight.is_contiguous() and weight.dtype is x.dtype is dy.dtype):
             products = (masked_grad_input, _masked_grad_input), (masked_grad_weight, _masked_grad_weight)
-            dx = direct.backward(*products[0], dy, weight, mask, [], True) if needs_x else None
-            dw = direct.backward(*products[1], dy, x, mask, []) if needs_weight else None
+            dx = without_dispatch.backward(*products[0], dy, weight, mask, [], True) if needs_x else None
+            dw = without_dispatch.backward(*products[1], dy, x, mask, []) if needs_weight else None
             return dx, dw, dy.sum(0) if needs_bias else None, None
         ops.CALLS["masked_grad_input", OWN] += needs_x
         ops.CALLS["masked_grad_weight", OWN] += needs_weight
@@ -195,7 +195,7 @@ class _GradInput(torch.autograd.Function):
     def forward(ctx, dy, weight, mask, premasked, *pattern):
         ctx.save_for_backward(dy, weight, mask, *pattern)
         ctx.premasked = premasked
-        return direct.below(masked_grad_input, _masked_grad_input, dy, weight, mask, pattern, premasked)
+        return without_dispatch.below(masked_grad_input, _masked_grad_input, dy, weight, mask, pattern, premasked)
 
     @staticmethod
     def backward(ctx, g):
@@ -210,7 +210,7 @@ class _GradWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, x, mask, *pattern):
         ctx.save_for_backward(dy, x, mask, *pattern)
-        return direct.below(masked_grad_weight, _masked_grad_weight, dy, x, mask, pattern)
+        return without_dispatch.below(masked_grad_weight, _masked_grad_weight, dy, x, mask, pattern)
 
     @staticmethod
     def backward(ctx, g):

@@ -4,7 +4,7 @@
     initperf::sparse_grad_input    dx      = dy W
     initperf::sparse_grad_values   dvalues = dy^T x at the survivors
 
-Shapes and arguments: kernels/reference/linear/sparse_linear.py. As in initperf/masked_ops.py, autograd is written by hand.
+Shapes and arguments: kernels/reference/linear/sparse_linear.py. As in initperf/layers/ops/masked_linear.py, autograd is written by hand.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from initperf import choice, direct, ops
+from initperf.core import ops, without_dispatch
 from initperf.core.torch_private import single_level_apply
+from initperf.layers.choice import table as choice
 
 _DENSE = {"cpu": "mkl", "cuda": "cublas"}
 OWN = "numba-dense"  # as what our own dense products are counted
@@ -123,13 +124,13 @@ sparse_grad_values = ops.define(
 
 def input_gradient(dy: Tensor, values: Tensor, bits: Tensor, pattern: list[Tensor], columns: int) -> Tensor:
     """dx, as a backward pass computes it: with gradients of its own under create_graph, and of many dy at once."""
-    return direct.backward(sparse_grad_input, _sparse_grad_input, dy, values, bits, columns, pattern)
+    return without_dispatch.backward(sparse_grad_input, _sparse_grad_input, dy, values, bits, columns, pattern)
 
 
 def values_gradient(dy: Tensor, x: Tensor, values: Tensor, bits: Tensor, pattern: list[Tensor]) -> Tensor:
     """The gradient of the values, likewise."""
     args = dy, x, bits, values.shape[0], pattern
-    return direct.backward(sparse_grad_values, _sparse_grad_values, *args, reference=_reference_grad_values)
+    return without_dispatch.backward(sparse_grad_values, _sparse_grad_values, *args, reference=_reference_grad_values)
 
 
 class _Linear(torch.autograd.Function):
@@ -139,16 +140,16 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, values, bias, bits, rows, pattern):
         ctx.save_for_backward(x, values, bits)
         ctx.pattern, ctx.shapes = pattern, (x.shape, values.shape)
-        return direct.below(sparse_linear, _sparse_linear, x, values, bias, bits, rows, pattern)
+        return without_dispatch.below(sparse_linear, _sparse_linear, x, values, bias, bits, rows, pattern)
 
     @staticmethod
     def backward(ctx, dy):
         x, values, bits = ctx.saved_tensors
-        direct.check_saved(ctx.shapes, x, values)
+        without_dispatch.check_saved(ctx.shapes, x, values)
         pattern = ctx.pattern
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         db = dy.sum(0) if needs_bias else None
-        if direct.writable(dy):  # asked once for both products
+        if without_dispatch.writable(dy):  # asked once for both products
             dx = _sparse_grad_input(dy, values, bits, x.shape[1], pattern) if needs_x else None
             dv = _sparse_grad_values(dy, x, bits, values.shape[0], pattern) if needs_values else None
             return dx, dv, db, None, None, None
@@ -170,8 +171,8 @@ class _OwnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, values, bits = ctx.saved_tensors
-        direct.check_saved(ctx.shapes, x, values)
-        if not (direct.writable(dy) and values.dtype is x.dtype is dy.dtype):
+        without_dispatch.check_saved(ctx.shapes, x, values)
+        if not (without_dispatch.writable(dy) and values.dtype is x.dtype is dy.dtype):
             return _Linear.backward(ctx, dy)
         needs_x, needs_values, needs_bias, *_ = ctx.needs_input_grad
         ops.CALLS["sparse_grad_input", OWN] += needs_x
@@ -188,7 +189,7 @@ class _GradInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, values, bits, columns, *pattern):
         ctx.save_for_backward(dy, values, bits, *pattern)
-        return direct.below(sparse_grad_input, _sparse_grad_input, dy, values, bits, columns, pattern)
+        return without_dispatch.below(sparse_grad_input, _sparse_grad_input, dy, values, bits, columns, pattern)
 
     @staticmethod
     def backward(ctx, g):
@@ -203,7 +204,7 @@ class _GradValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, x, bits, nnz, *pattern):
         ctx.save_for_backward(dy, x, bits, *pattern)
-        return direct.below(sparse_grad_values, _sparse_grad_values, dy, x, bits, nnz, pattern)
+        return without_dispatch.below(sparse_grad_values, _sparse_grad_values, dy, x, bits, nnz, pattern)
 
     @staticmethod
     def backward(ctx, g):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from initperf.checks import fail
+from initperf.core.checks import fail
 
 
 class Row(NamedTuple):

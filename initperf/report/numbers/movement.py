@@ -7,12 +7,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from initperf.files import make_folder
-from initperf.paired import Difference, paired_difference
-from initperf.results import Run
-from initperf.run_tables import Moved
-from initperf.runfolder import write_csv
-from initperf.survivors import BINS, Overlap, Survivors
+from initperf.core.files import make_folder
+from initperf.report.numbers.csv_rows import Moved
+from initperf.report.numbers.intervals import Difference, paired_difference
+from initperf.report.numbers.results import Run
+from initperf.report.numbers.survivors import BINS, Overlap, Survivors
+from initperf.tickets.run_folder import write_csv
 
 FOLDER = "analysis"
 _COLUMNS = ("early_stop_iteration", "early_stop_test_accuracy", "final_test_accuracy")

@@ -8,9 +8,20 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from initperf.checks import fail
-from initperf.paired import Difference, Spread, paired_difference, spread
-from initperf.run_tables import POINT, ROW, STEP, Moved, Point, Row, Step, read_json, read_movement, read_table
+from initperf.core.checks import fail
+from initperf.report.numbers.csv_rows import (
+    POINT,
+    ROW,
+    STEP,
+    Moved,
+    Point,
+    Row,
+    Step,
+    read_json,
+    read_movement,
+    read_table,
+)
+from initperf.report.numbers.intervals import Difference, Spread, paired_difference, spread
 
 NAMES = {
     "ticket": "ticket",

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from initperf.criteria import overlap
-from initperf.results import Run
-from initperf.stats import moments
-from initperf.ticket import Ticket
+from initperf.report.numbers.results import Run
+from initperf.tickets.criteria import overlap
+from initperf.tickets.ticket import Ticket
+from initperf.variance.moments import moments
 
 BINS = [k / 4 for k in range(-14, 15)]  # edges in standard deviations; what lies beyond counts in the outermost
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from initperf.core.extras import needed
-from initperf.findings import name_of, percent
-from initperf.results import Run, spread
+from initperf.report.numbers.results import Run, spread
+from initperf.report.words.findings import name_of, percent
 
 with needed("report"):
     from matplotlib import rc_context

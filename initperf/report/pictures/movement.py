@@ -5,14 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 from statistics import fmean
 
-from initperf.analysis import movement_of
-from initperf.analysis_findings import evenly
 from initperf.core.extras import needed
-from initperf.figures import DENSE, STYLE, legend_above, surviving_axis, svg
-from initperf.findings import percent
-from initperf.paired import spread
-from initperf.results import Run
-from initperf.survivors import BINS, Overlap, Survivors, mean_histogram
+from initperf.report.numbers.intervals import spread
+from initperf.report.numbers.movement import movement_of
+from initperf.report.numbers.results import Run
+from initperf.report.numbers.survivors import BINS, Overlap, Survivors, mean_histogram
+from initperf.report.pictures.figures import DENSE, STYLE, legend_above, surviving_axis, svg
+from initperf.report.words.findings import percent
+from initperf.report.words.movement import evenly
 
 with needed("report"):
     from matplotlib import rc_context

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from initperf.results import NAMES, Difference, Reach, Run, Spread
+from initperf.report.numbers.results import NAMES, Difference, Reach, Run, Spread
 
 NONE = "–"
 DENSE_LIBRARIES = {"mkl", "cublas"}  # backends of masked products that run dense by choice

@@ -239,7 +239,7 @@ def _zero_large(words, mask):
 def zero_pruned(tensor: Tensor, mask: Tensor, bits: Tensor | None = None) -> Tensor:
     """`tensor` with 0 where the bool mask is False; masked_fill_ takes tens of times longer.
 
-    tensor: contiguous, of the mask's shape, or the transpose of such a one. bits: the same mask packed (initperf.pattern),
+    tensor: contiguous, of the mask's shape, or the transpose of such a one. bits: the same mask packed (initperf.layers.base.pattern),
     which is sooner read.
     """
     size, itemsize = tensor.numel(), tensor.element_size()

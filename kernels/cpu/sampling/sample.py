@@ -1,6 +1,6 @@
 """Sampling on the CPU: words of a tile, values of a tile in float32, then the part that is wanted in the tensor's dtype.
 
-Formulas and their order are those of initperf/rng.py.
+Formulas and their order are those of initperf/rng/contract.py.
 """
 
 from __future__ import annotations

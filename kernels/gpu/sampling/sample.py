@@ -1,6 +1,6 @@
 """Sampling on a GPU: a program fills TILES tiles of 1024 indices with whole-lane stores.
 
-Formulas and their order are those of initperf/rng.py. Compiled without fusion, approximations and flushing, so that the
+Formulas and their order are those of initperf/rng/contract.py. Compiled without fusion, approximations and flushing, so that the
 bits are those of the CPU.
 """
 

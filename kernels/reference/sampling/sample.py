@@ -1,4 +1,4 @@
-"""Plain-torch sampling: the definition in initperf/rng.py, index by index. float32's fma is computed exactly in float64."""
+"""Plain-torch sampling: the definition in initperf/rng/contract.py, index by index. float32's fma is computed exactly in float64."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Which statements of the papers a run reproduces."""

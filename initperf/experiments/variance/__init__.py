@@ -1,0 +1,1 @@
+"""Figure 7.4: variance of activations and gradients by layer."""

@@ -1,0 +1,1 @@
+"""describe(model): which known scheme explains a tensor."""

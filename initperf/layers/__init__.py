@@ -1,0 +1,1 @@
+"""The layers that train survivors only, and conversions to and from them."""

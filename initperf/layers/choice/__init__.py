@@ -1,0 +1,1 @@
+"""Every decision which product runs, and the figures it is made by."""

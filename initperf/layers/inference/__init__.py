@@ -1,0 +1,1 @@
+"""What inference keeps of a weight, and whether the weight was written."""

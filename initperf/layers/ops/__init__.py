@@ -1,0 +1,1 @@
+"""torch.library ops of the layers, with autograd."""

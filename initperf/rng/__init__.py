@@ -1,0 +1,41 @@
+"""Random values as a function of (seed, stream, index): what the contract defines (contract.py)."""
+
+from initperf.rng.contract import (
+    BITS,
+    NORMAL,
+    TRUNC_CENTER,
+    TRUNC_FAR,
+    TRUNC_NARROW,
+    TRUNC_NORMAL,
+    TRUNC_TAIL,
+    UNIFORM,
+    VERSION,
+    Distribution,
+    canonical_name,
+    draw_seed,
+    normal,
+    philox,
+    stream_of,
+    trunc_normal,
+    uniform,
+)
+
+__all__ = [
+    "BITS",
+    "Distribution",
+    "NORMAL",
+    "TRUNC_CENTER",
+    "TRUNC_FAR",
+    "TRUNC_NARROW",
+    "TRUNC_NORMAL",
+    "TRUNC_TAIL",
+    "UNIFORM",
+    "VERSION",
+    "canonical_name",
+    "draw_seed",
+    "normal",
+    "philox",
+    "stream_of",
+    "trunc_normal",
+    "uniform",
+]

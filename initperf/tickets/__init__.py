@@ -1,0 +1,1 @@
+"""Lottery tickets: the file, the search and its folder, pruning criteria."""

@@ -1,0 +1,1 @@
+"""Moments of tensors, the monitor of layers, its verdicts, loggers and callbacks."""
