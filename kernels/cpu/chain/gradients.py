@@ -8,10 +8,11 @@ from numba import carray, int32
 from ..core.jit import jit
 from ..core.scalars import pointer
 from ..core.shares import ME, on_threads, part_of
-from ..core.vectors import LANES, ROWS, compute_pointer, correlate_unit, load, shifted, storage_pointer, store
+from ..core.vectors import LANES, ROWS, ZERO, compute_pointer, load, shifted, storage_pointer, store
 from ..sparse.index import PANEL
 from ..sparse.storage import PLACES, STARTS, begin_rows, leave, take_places
-from ..sparse.tiles import ZERO, pack, unpack
+from ..sparse.tiles import pack, unpack
+from ..sparse.units_ir import correlate_unit
 from .layer import (
     BYTES,
     FIRST_SURVIVORS,

@@ -21,12 +21,12 @@ from ..core.jit import jit, threads
 from ..core.memory import working_memory
 from ..core.scalars import full_vectors, pointer
 from ..core.shares import ME, WORKERS, among, on_threads, part_of
-from ..core.vectors import LANES, ROWS, compute_pointer, load, shifted, storage_pointer, store
+from ..core.vectors import LANES, ROWS, ZERO, compute_pointer, load, shifted, storage_pointer, store
 from ..sparse.few_rows import FEW
 from ..sparse.index import BLOCK
 from ..sparse.many_rows import SERIAL, vectors_of
 from ..sparse.storage import KINDS, PLACES, SLACK, take_places
-from ..sparse.tiles import ZERO, pack, unpack
+from ..sparse.tiles import pack, unpack
 from .layer import (
     BIAS,
     BYTES,

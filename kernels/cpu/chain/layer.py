@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..core.jit import jit
 from ..core.scalars import pointer
-from ..core.vectors import LANES, ROWS, load, multiply_unit, shifted, storage_pointer, store
+from ..core.vectors import LANES, ROWS, ZERO, load, shifted, storage_pointer, store
 from ..sparse.index import BLOCK, WIDE_BLOCK
 from ..sparse.storage import STARTS, begin_rows, fetch
-from ..sparse.tiles import ZERO, start_sums
+from ..sparse.tiles import start_sums
+from ..sparse.units_ir import multiply_unit
 
 OUTPUTS, INPUTS, NNZ, RELU = range(4)
 VALUES, BIAS, GRAD_VALUES, GRAD_BIAS = range(4, 8)  # addresses, 0 where there is none

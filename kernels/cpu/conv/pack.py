@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..core.jit import jit
-from ..core.vectors import LANES, load, shifted, store, transpose_in, transpose_out
-from ..sparse.tiles import ZERO
+from ..core.vectors import LANES, ZERO, load, shifted, store, transpose_in, transpose_out
 from .conv_ir import copy_line, zero_line
 
 

@@ -8,8 +8,20 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from ..core.vectors import LANES, ROWS, Loop, filled, fused, intrinsic, splat, store_vector, sum_lanes, vector_at
-from ..sparse.interleave_ir import live_lanes, masked_call
+from ..core.vectors import (
+    LANES,
+    ROWS,
+    Loop,
+    filled,
+    fused,
+    intrinsic,
+    live_lanes,
+    masked_call,
+    splat,
+    store_vector,
+    sum_lanes,
+    vector_at,
+)
 
 _I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _LINE = ir.VectorType(_FLOAT, LANES)

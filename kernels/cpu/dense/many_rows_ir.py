@@ -8,8 +8,19 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from ..core.vectors import LANES, Loop, filled, fused, intrinsic, splat, store_vector, transposed, vector_at
-from ..sparse.interleave_ir import live_lanes, masked_call
+from ..core.vectors import (
+    LANES,
+    Loop,
+    filled,
+    fused,
+    intrinsic,
+    live_lanes,
+    masked_call,
+    splat,
+    store_vector,
+    transposed,
+    vector_at,
+)
 from .few_rows_ir import load_lanes, rows_at, store_lanes
 
 PANEL = 2 * LANES  # columns of a tile

@@ -15,11 +15,10 @@ from torch import Tensor
 from ..core.jit import jit, threads
 from ..core.memory import working_memory
 from ..core.shares import ME, among, on_threads, part_of
-from ..core.vectors import ROWS, compute_pointer, load, shifted, storage_pointer, store
+from ..core.vectors import ROWS, ZERO, compute_pointer, load, shifted, storage_pointer, store
 from .few_rows_ir import matvec_unit, outer_unit
 from .index import block_of
 from .storage import KINDS, SLACK, STARTS, begin_rows, fetch, leave, weights_at
-from .tiles import ZERO
 
 SERIAL = 1 << 18  # slots under which a second thread costs more than it saves
 FEW, FEW_ORDERED = 4, 2  # batch rows, and of ordered sources; from more on, lanes over the batch cost less

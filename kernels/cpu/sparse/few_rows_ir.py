@@ -25,13 +25,14 @@ from ..core.vectors import (
     folded,
     fused,
     intrinsic,
+    live_lanes,
+    masked_call,
     shuffled,
     splat,
-    unit_rows,
     vector_at,
 )
 from .index import BLOCK, WIDE_BLOCK
-from .interleave_ir import live_lanes, masked_call
+from .units_ir import unit_rows
 
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 

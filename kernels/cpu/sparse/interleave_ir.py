@@ -6,7 +6,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 
 from ..core.vectors import (
     LANES,
@@ -15,6 +14,8 @@ from ..core.vectors import (
     element_size,
     element_type,
     intrinsic,
+    live_lanes,
+    masked_call,
     narrow,
     shuffled,
     store_vector,
@@ -24,22 +25,6 @@ from ..core.vectors import (
 
 _I64 = ir.IntType(64)
 _HALF = LANES // 2
-
-
-def live_lanes(builder: Any, count: Any) -> Any:
-    """Lanes below `count`, an int64 of any value: as a word of bits, since a comparison of 16 counts costs more."""
-    zero, most = ir.Constant(_I64, 0), ir.Constant(_I64, LANES)
-    count = builder.select(builder.icmp_signed("<", count, zero), zero, count)
-    count = builder.select(builder.icmp_signed("<", count, most), count, most)
-    ones = builder.sub(builder.shl(ir.Constant(_I64, 1), count), ir.Constant(_I64, 1))
-    return builder.bitcast(builder.trunc(ones, ir.IntType(LANES)), ir.VectorType(ir.IntType(1), LANES))
-
-
-def masked_call(builder: Any, operation: str, element: ir.Type, result: ir.Type, arguments: list[Any]) -> Any:
-    suffix = f"i{element.width}" if isinstance(element, ir.IntType) else f"f{8 * element_size(element)}"
-    kind = ir.FunctionType(result, [a.type for a in arguments])
-    name = f"llvm.masked.{operation}.v{LANES}{suffix}.p0"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 def _alternate(builder: Any, x: Any, y: Any) -> tuple[Any, Any]:

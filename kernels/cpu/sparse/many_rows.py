@@ -18,22 +18,12 @@ from torch import Tensor
 from ..core.jit import jit, threads
 from ..core.memory import check_alike, working_memory
 from ..core.shares import ME, among, on_threads, part_of
-from ..core.vectors import (
-    LANES,
-    ROWS,
-    compute_pointer,
-    correlate_unit,
-    line_vectors,
-    load,
-    multiply_unit,
-    shifted,
-    storage_pointer,
-    store,
-)
+from ..core.vectors import LANES, ROWS, ZERO, compute_pointer, line_vectors, load, shifted, storage_pointer, store
 from .few_rows import FEW, FEW_ORDERED, call_few
 from .index import block_of
 from .storage import KINDS, ORDERED, SLACK, STARTS, ask, begin_rows, fetch, leave, weights_at
-from .tiles import ZERO, pack, start_sums, unpack
+from .tiles import pack, start_sums, unpack
+from .units_ir import correlate_unit, multiply_unit
 
 _BYTES, _RECORDS = np.zeros(1, np.uint8), np.zeros(1, np.int32)
 SERIAL = 5 << 18  # multiply-adds under which a second thread costs more than it saves

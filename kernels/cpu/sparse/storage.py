@@ -18,9 +18,9 @@ import torch
 from numba.extending import overload
 
 from ..core.jit import jit
-from ..core.vectors import LANES, ROWS, compute_pointer, load, prefetch, shifted, storage_pointer, store
+from ..core.vectors import LANES, ROWS, ZERO, compute_pointer, load, prefetch, shifted, storage_pointer, store
 from .interleave_ir import interleave, separate
-from .tiles import ZERO, gather, prefetch_lines, scatter
+from .tiles import gather, prefetch_lines, scatter
 
 CACHED = 4 << 20  # weights above which they, or their gradient, are not found in a cache again
 KINDS = {

@@ -8,9 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..core.jit import jit
-from ..core.vectors import LANES, ROWS, load, prefetch, shifted, store, stream, transpose_in, transpose_out
-
-ZERO = np.float32(0)
+from ..core.vectors import LANES, ROWS, ZERO, load, prefetch, shifted, store, stream, transpose_in, transpose_out
 
 
 @jit()
