@@ -15,7 +15,7 @@ from numba.core import cgutils
 
 from ..core.jit import jit
 from ..core.scalars import bits_float, full_vectors, half_float, intrinsic, pointer, population, trailing_zeros
-from .sample import _BFLOAT16, _FLOAT16, _FLOAT32, _FLOAT64
+from .formulas import _BFLOAT16, _FLOAT16, _FLOAT32, _FLOAT64
 
 LANES = 16
 N, MEAN, SQUARES = range(3)  # of a block's record: values, their mean, the sum of (value - mean)^2

@@ -21,7 +21,10 @@ from ...contract import NORMAL, TILE, UNIFORM
 from ..core.jit import jit, threads
 from ..core.shares import ME, among, on_threads
 from .block_work import LANES, MEAN, SQUARES, N, bits_set, copy_past_caches, fill, measure, pick, prune, words_of
-from .sample import _CODES, _FLOAT32, _LARGE, _constants, _pieces, sample_
+from .formulas import _CODES, _FLOAT32
+from .tiles import _constants, _fill, _pieces
+
+_LARGE = 32 << 20  # bytes that no cache will hold until they are used: sample_many_ writes normal values past them
 
 _TILES = 8  # tiles of a block: 32 KiB of float32, within the first-level cache
 _SPAN = _TILES * TILE
@@ -162,11 +165,12 @@ def _part(share: Any, plan: Any, sizes: Any, k0: Any, k1: Any, large: Any, start
 @lru_cache(maxsize=4096)
 def _formula(kind: int, params: tuple[float, ...], dtype: torch.dtype) -> tuple[int, int, int, np.ndarray | None]:
     """KIND, PARAMS and COST of a row, and what must live as long as PARAMS is used."""
+    constants, address = _constants(params)
     if kind == UNIFORM and params[0] == 0:
-        one = sample_(torch.empty(1, dtype=dtype, device="cpu"), kind, params, 0, 0)
+        one = torch.empty(1, dtype=dtype, device="cpu")
+        _fill(one.data_ptr(), _CODES[dtype], 1, kind, address, 0, 0, 0, 0, 0, 1, 0)
         word = one.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
         return _CONSTANT, int(word), _COST[_CONSTANT], None
-    constants, address = _constants(params)
     return kind, address, _COST.get(kind, _TRUNCATED_COST), constants
 
 
