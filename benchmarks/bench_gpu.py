@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from initperf.core.bits import pack_bits
 from initperf.kernels.gpu.candidates import block_matmul, decode
 from initperf.kernels.gpu.linear import masked_linear, sparse_linear
 from initperf.kernels.gpu.masks import select
 from initperf.kernels.gpu.moments import moments
 from initperf.kernels.gpu.sparse import index as pattern
 from initperf.kernels.reference.candidates import block_matmul as block_reference
-from initperf.layers.base.pattern import pack_bits
 
 SIZE, BATCH = 4096, 4096
 BF16, F32 = torch.bfloat16, torch.float32

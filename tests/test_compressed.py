@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from initperf.layers.base.pattern import pack_bits
+from initperf.core.bits import pack_bits
 from initperf.layers.base.survivors import pick, spread
 
 

@@ -13,9 +13,9 @@ from walls import before_a_wall
 
 from initperf import SparseLinear, choice, ops
 from initperf.choice import prefer
+from initperf.core.bits import pack_bits
 from initperf.core.checks import InitPerfError
 from initperf.kernels.cpu.core.team import NO_TEAM
-from initperf.layers.base.pattern import pack_bits
 from initperf.layers.linear import MaskedLinear
 
 own = pytest.importorskip("initperf.kernels.cpu.dense.products", exc_type=ImportError)

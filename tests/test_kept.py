@@ -13,10 +13,10 @@ from tolerance import assert_close_to_exact, bits, linear, product
 from torch.nn.utils import parametrize
 
 from initperf import MaskedLinear, SparseLinear, choice, densify, ops
+from initperf.core.bits import pack_bits
 from initperf.kernels.cpu.sparse import few_rows, many_rows
 from initperf.kernels.cpu.sparse.compressed_index import sparse_tensors
 from initperf.kernels.cpu.sparse.index import pattern_tensors
-from initperf.layers.base.pattern import pack_bits
 from initperf.layers.inference import ordered_copy
 from initperf.layers.inference.write_watch import why_not
 

@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize, prune
 
 from initperf.choice import prefer
 from initperf.core import without_dispatch
+from initperf.core.bits import pack_bits
 from initperf.core.checks import InitPerfError
-from initperf.layers.base.pattern import pack_bits
 from initperf.layers.compressed_linear import SparseLinear
 from initperf.layers.convert import check_masks, densify, masked_layers, sparsify
 from initperf.layers.linear import MaskedLinear

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from initperf import MaskedConv2d, MaskedLinear
+from initperf.core.bits import pack_bits
 from initperf.core.checks import InitPerfError
-from initperf.layers.base.pattern import SparsePattern, pack_bits
+from initperf.layers.base.pattern import SparsePattern
 
 ROWS = (1, 3, 16, 40, 300)
 

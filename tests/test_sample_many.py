@@ -16,15 +16,15 @@ from test_sample import FLOATS, assert_same_bits, distributions
 from tolerance import bits
 
 from initperf import rng
+from initperf.core.bits import bits_set, pack_bits
 from initperf.core.checks import InitPerfError
 from initperf.init import sample_into, sample_survivors_into
 from initperf.kernels.cpu.sampling import sample_many
 from initperf.kernels.cpu.sampling.sample import sample_ as cpu_sample_
 from initperf.kernels.cpu.sampling.sample_many import sample_many_ as cpu_sample_many_
 from initperf.kernels.gpu.sampling.sample_many import sample_many_ as gpu_sample_many_
+from initperf.kernels.reference.bits import unpacked
 from initperf.kernels.reference.sampling.sample_many import sample_many_ as reference_sample_many_
-from initperf.kernels.reference.sampling.sample_many import unpacked
-from initperf.rng.sampling import bits_set, pack_bits
 
 ROOT = Path(__file__).resolve().parents[1]
 INF = math.inf

@@ -5,8 +5,8 @@ import torch
 from gpu_memory import checked_memory
 from tolerance import assert_close_to_exact, linear, product
 
+from initperf.core.bits import pack_bits
 from initperf.kernels.reference.linear import sparse_linear as reference
-from initperf.layers.base.pattern import pack_bits
 
 pytest.importorskip("triton")
 from initperf.kernels.gpu.linear import sparse_linear as gpu  # noqa: E402

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from initperf import rng
 from initperf.core import ops
-from initperf.layers.base.pattern import pack_bits
+from initperf.core.bits import pack_bits
 
 Check = Callable[[Callable[..., Any], str], list[Tensor]]  # (launcher, device) -> outputs to compare
 _PACKAGES = {

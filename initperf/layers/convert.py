@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from initperf.core.bits import pack_bits
 from initperf.core.checks import (
     FLOATS,
     InitPerfRuntimeError,
@@ -19,7 +20,6 @@ from initperf.core.checks import (
     fail,
 )
 from initperf.layers.base.masked import MaskedLayer, check_own_weight
-from initperf.layers.base.pattern import pack_bits
 from initperf.layers.base.sparse import SparseLayer
 from initperf.layers.compressed_linear import SparseLinear
 from initperf.layers.conv import MaskedConv2d, SparseConv2d

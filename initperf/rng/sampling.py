@@ -12,6 +12,7 @@ from torch.overrides import has_torch_function_variadic
 
 from initperf import rng
 from initperf.core import ops
+from initperf.core.bits import check_bits, pack_bits
 from initperf.core.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_seed, fail
 from initperf.core.torch_private import dispatch_modes, function_transform, not_compiled
 from initperf.core.torch_private import increment_version as written
@@ -167,31 +168,6 @@ def sample_into(tensor: Tensor, distribution: Distribution, *, seed: int, stream
     if not has_no_values(tensor):
         fail("a plain float32, bfloat16, float16 or float64 tensor", kind_of(tensor), kind=InitPerfTypeError)
     return tensor
-
-
-def bits_set(bits: Tensor) -> int:
-    """How many bits of a uint8 tensor are set."""
-    pairs = bits - (bits >> 1 & 0x55)
-    nibbles = (pairs & 0x33) + (pairs >> 2 & 0x33)
-    return int(((nibbles + (nibbles >> 4)) & 0x0F).sum())
-
-
-def check_bits(bits: Tensor, shape: Sequence[int], nnz: int, name: str = "mask") -> None:
-    """Packed bits of a mask of `shape` with `nnz` survivors: uint8, (elements / 8, rounded up), lowest bit first, 0 behind the end."""
-    n = math.prod(shape)
-    if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != -(-n // 8):
-        fail(f"{name} of {-(-n // 8)} packed bytes for shape {tuple(shape)}", f"{tuple(bits.shape)} of {bits.dtype}")
-    if n % 8 and int(bits[-1]) >> n % 8:
-        fail(f"{name} whose last byte has no bit behind the {n} of shape {tuple(shape)}", f"{int(bits[-1]):#010b}")
-    found = bits_set(bits)
-    if found != nnz:
-        fail(f"as many values as {name} has survivors ({found})", nnz)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """A bool mask as uint8, row-major, 8 entries a byte, the lowest bit first."""
-    flat = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
 
 
 @not_compiled

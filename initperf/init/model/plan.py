@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from initperf import rng
+from initperf.core.bits import check_bits
 from initperf.core.checks import InitPerfTypeError, check, check_float_tensor, check_mask, fail
 from initperf.core.torch_private import DisableTorchFunction
 from initperf.init import schemes, torch_init
 from initperf.init.model import parametrized
 from initperf.init.model import transformers as pretrained
 from initperf.init.schemes import Init, Place
-from initperf.kernels.reference.sampling.sample_many import unpacked
-from initperf.rng.sampling import check_bits, is_plain, is_sharded
+from initperf.kernels.reference.bits import unpacked
+from initperf.rng.sampling import is_plain, is_sharded
 
 Choice = str | Init | rng.Distribution | float | None
 Scheme = Choice | Callable[[str, Tensor, nn.Module], Choice]

@@ -7,11 +7,11 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from initperf.core.bits import bits_set
 from initperf.core.torch_private import shard_offset
 from initperf.init.model.plan import Task
 from initperf.init.model.rescale import rescale_all
 from initperf.rng.sampling import (
-    bits_set,
     has_own_memory,
     is_sharded,
     sample_survivors_into,

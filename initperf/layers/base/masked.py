@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from initperf.core.bits import unpack_bits
 from initperf.core.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check_mask, check_mask_has_data, fail
-from initperf.layers.base.pattern import Pattern, SparsePattern, unpack_bits
+from initperf.layers.base.pattern import Pattern, SparsePattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from initperf.core import ops, without_dispatch
+from initperf.core.bits import pack_bits, unpack_bits
 from initperf.core.checks import InitPerfRuntimeError, fail
-from initperf.core.torch_private import function_transform, hook
-from initperf.kernels.reference.sampling.sample_many import unpacked
+from initperf.core.torch_private import hook
 from initperf.layers.choice.table import MOST
-from initperf.rng import sampling
 
 _CALLS = ops.CALLS
 ops.register("zero_pruned", "masks.zero_pruned")
@@ -180,22 +177,6 @@ def _kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     from initperf.kernels.cpu.masks.zero_pruned import zero_pruned
 
     return zero_pruned
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """A bool mask as uint8, row-major, 8 entries a byte, the lowest bit first."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.packbits(mask.detach().numpy(), bitorder="little"))
-    return sampling.pack_bits(mask)
-
-
-def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The bool mask of `shape`."""
-    size = math.prod(shape)
-    if bits.device.type == "cpu" and function_transform() is None:
-        flat = np.unpackbits(bits.detach().numpy(), count=size, bitorder="little")
-        return torch.from_numpy(flat).view(torch.bool).view(*shape)
-    return unpacked(bits)[:size].view(*shape)
 
 
 def version_of(tensor: Tensor) -> int:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from initperf import rng
+from initperf.core.bits import bits_set, check_bits, pack_bits, unpack_bits
 from initperf.core.checks import FLOATS, check_mask, check_mask_has_data, fail
 from initperf.layers.base.masked import MaskedLayer, check_own_weight, new_module
-from initperf.layers.base.pattern import CompressedPattern, Pattern, pack_bits, unpack_bits
+from initperf.layers.base.pattern import CompressedPattern, Pattern
 from initperf.layers.base.reshape_parameter import reshape, watch_optimizers
 from initperf.layers.base.survivors import pick, spread
 from initperf.rng import sampling
@@ -177,7 +178,7 @@ class SparseLayer(nn.Module):
             fail("weight_values of float32, bfloat16, float16 or float64", self.weight_values.dtype)
         bits = self.weight_mask_bits
         if not bits.is_meta:
-            sampling.check_bits(bits, self.weight_shape, self.nnz, "weight_mask_bits")
+            check_bits(bits, self.weight_shape, self.nnz, "weight_mask_bits")
             self._bits_off_meta = None
         self.__dict__.pop("_kept", None)
         self._pattern = self._new_pattern()
@@ -307,7 +308,7 @@ class SparseLayer(nn.Module):
             yield f"Expected {prefix}weight_mask to hold only 0 and 1 (True = survives). Got other values, dtype {mask.dtype}."
         if values is None:
             return
-        rows = self.nnz if bits is None or bits.is_meta else sampling.bits_set(bits)
+        rows = self.nnz if bits is None or bits.is_meta else bits_set(bits)
         if values.shape != (rows, 1) and not values.is_meta:
             of = "the mask that is here" if bits is None else f"{prefix}weight_mask_bits"
             yield (
@@ -316,6 +317,6 @@ class SparseLayer(nn.Module):
             )
         elif bits is not None and not bits.is_meta:
             try:
-                sampling.check_bits(bits, self.weight_shape, rows, f"{prefix}weight_mask_bits")
+                check_bits(bits, self.weight_shape, rows, f"{prefix}weight_mask_bits")
             except ValueError as problem:
                 yield str(problem)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from initperf.core import ops
-from initperf.layers.base.pattern import pack_bits, unpack_bits
+from initperf.core.bits import pack_bits, unpack_bits
 
 
 def spread(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from initperf.core import ops, without_dispatch
+from initperf.core.bits import pack_bits
 from initperf.kernels.reference.conv import conv2d as reference
 from initperf.kernels.reference.conv.conv2d import Ints
-from initperf.layers.base.pattern import Pattern, pack_bits
+from initperf.layers.base.pattern import Pattern
 from initperf.layers.choice import table as choice
 from initperf.layers.choice.table import MOST
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..sampling.sample_many import unpacked
+from ..bits import unpacked
 
 
 def sparse_linear(

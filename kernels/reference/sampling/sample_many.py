@@ -7,15 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..bits import _BITS, unpacked
 from ..moments.moments import moments as moments_of
 from .sample import sample_
-
-_BITS = 8
-
-
-def unpacked(bits: Tensor) -> Tensor:
-    """The bool mask of packed bits, lowest bit first; 8 entries a byte."""
-    return (bits[:, None] >> torch.arange(_BITS, dtype=torch.uint8, device=bits.device) & 1).flatten().bool()
 
 
 @torch.no_grad()
