@@ -17,9 +17,9 @@ from initperf import __version__, rng
 from initperf.cli.selfcheck import agrees
 from initperf.core import ops
 from initperf.core.extras import installation
+from initperf.core.tables import NONE, Table, joined, percent, size
 from initperf.layers.choice import table as choice
 from initperf.layers.inference.write_watch import why_not
-from initperf.report.words.findings import NONE, Table, joined, percent, size
 
 PACKAGES = ("torch", "numba", "triton", "numpy", "safetensors", "matplotlib", "rich", "typer")
 VECTORS = {  # LLVM's feature names, and what people call them

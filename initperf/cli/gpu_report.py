@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from initperf.core.checks import check, fail
+from initperf.core.tables import Table
 from initperf.layers.choice.gpu_devices import DEVICES
 from initperf.layers.choice.gpu_model import BLOCKS, DTYPES, OPS, Candidate, choose
-from initperf.report.words.findings import Table
 
 _DENSITIES = (0.5, 0.2, 0.1, 0.02)
 _RUNS = {

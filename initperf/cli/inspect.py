@@ -8,10 +8,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from initperf.core.checks import check
+from initperf.core.tables import NONE, Table, count_of, percent, size
 from initperf.init.identify.identify import Description, describe_file
 from initperf.init.schemes import Init, written
 from initperf.report.page import flatten
-from initperf.report.words.findings import NONE, Table, count_of, percent, size
 from initperf.tickets.ticket import KEY, Ticket
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from initperf.core.extras import needed
-from initperf.report.words.findings import Table, name_of, percent
+from initperf.core.tables import Table, percent
+from initperf.report.words.findings import name_of
 
 with needed("cli"):
     from rich import box

@@ -12,7 +12,8 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 from initperf import rng
 from initperf.core.checks import InitPerfTypeError, fail
-from initperf.core.torch_private import ConvNd, ConvTransposeNd, NormBase, fans
+from initperf.core.torch_private import ConvNd, NormBase, fans
+from initperf.core.units import _is_transformers_conv1d
 
 _ARGUMENTS = {"constant": 1, "uniform": 2, "normal": 2, "trunc_normal": 4, "orthogonal": 1}
 
@@ -190,11 +191,6 @@ _OWN: list[tuple[tuple[type[nn.Module], ...], Callable[[Any], dict[str, Init]]]]
 _RESETS = ("reset_parameters", "_reset_parameters")
 
 
-def _is_transformers_conv1d(module: nn.Module) -> bool:
-    """The linear layer of transformers' GPT-2, whose weight is (inputs, outputs)."""
-    return any(c.__module__ == "transformers.pytorch_utils" and c.__name__ == "Conv1D" for c in type(module).__mro__)
-
-
 def _is_compressed(module: nn.Module) -> bool:
     """A sparse linear or convolutional layer: survivors in weight_values, their places in weight_mask_bits."""
     return "weight_mask_bits" in module._buffers and hasattr(module, "weight_shape")
@@ -224,20 +220,6 @@ def custom_reset(module: nn.Module) -> str | None:
 def _fans_of(place: Place) -> Tensor:
     """The parameter, seen as (outputs, inputs, ...)."""
     return place.parameter.t() if _is_transformers_conv1d(place.module) else place.parameter
-
-
-def by_unit(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight or mask seen as (units, inputs of a unit, ...), a view: transposed convolutions and transformers' Conv1D store it otherwise."""
-    if isinstance(module, ConvTransposeNd):
-        grouped = weight.unflatten(0, (module.groups, weight.shape[0] // module.groups))
-        return grouped.transpose(1, 2)  # (groups, units of a group, inputs, ...)
-    return weight.t() if _is_transformers_conv1d(module) else weight
-
-
-def fan_in(module: nn.Module, weight: Tensor) -> int:
-    """Inputs of one unit of a layer's weight."""
-    units = by_unit(module, weight)
-    return units[0, 0].numel() if isinstance(module, ConvTransposeNd) else units[0].numel()
 
 
 _RESIDUAL = ("c_proj", "o_proj", "down_proj")

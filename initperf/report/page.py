@@ -11,12 +11,12 @@ from typing import Any
 
 from initperf.core.extras import need
 from initperf.core.files import write_atomically
+from initperf.core.tables import NONE, Table, count_of, percent, size
 from initperf.report.numbers.movement import FOLDER, write_analysis
 from initperf.report.numbers.results import Run, read_run
 from initperf.report.numbers.survivors import Overlap, Survivors, examine
 from initperf.report.style import CSS
 from initperf.report.words import findings
-from initperf.report.words.findings import Table, percent
 from initperf.report.words.movement import (
     movement_table,
     overlap_table,
@@ -95,7 +95,7 @@ def _facts(run: Run) -> str:
         facts.append(
             (
                 f"1/{ratio:.0f}",
-                f"ticket file {findings.size(tickets[last])}, dense checkpoint {findings.size(checkpoints[last])}",
+                f"ticket file {size(tickets[last])}, dense checkpoint {size(checkpoints[last])}",
             )
         )
     for step in (s for s in run.steps if s.level == last):
@@ -114,7 +114,7 @@ def _facts(run: Run) -> str:
         facts.append(
             (
                 f"{run.summary['seconds']:,.0f} s",
-                f"{findings.count_of(len(run.rows), 'training')}, from nothing to here",
+                f"{count_of(len(run.rows), 'training')}, from nothing to here",
             )
         )
     return (
@@ -211,11 +211,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str
         else:
             yield (
                 f"{prefix}{key}",
-                ", ".join(map(str, value))
-                if isinstance(value, list)
-                else findings.NONE
-                if value is None
-                else str(value),
+                ", ".join(map(str, value)) if isinstance(value, list) else NONE if value is None else str(value),
             )
 
 
@@ -236,7 +232,7 @@ def limitations(run: Run) -> list[str]:
             f"{str(run.config['budget']).capitalize()}, against the recipe: {less or 'less of something that costs time'}."
         )
     if run.trials < 5:
-        found.append(f"{findings.count_of(run.trials, 'trial')}: the paper used five.")
+        found.append(f"{count_of(run.trials, 'trial')}: the paper used five.")
     late = sum(row.early_stop_iteration >= row.iterations for row in run.rows)
     if late:
         found.append(
@@ -257,7 +253,7 @@ def _comparison(run: Run, other: Run) -> str:
     """Both runs side by side: what differs in their settings, and their accuracies."""
     mine, theirs = dict(flatten(run.config)), dict(flatten(other.config))
     keys = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
-    rows = [[key, mine.get(key, findings.NONE), theirs.get(key, findings.NONE)] for key in keys]
+    rows = [[key, mine.get(key, NONE), theirs.get(key, NONE)] for key in keys]
     same = sorted(row._replace(train_seconds=0) for row in run.rows) == sorted(
         r._replace(train_seconds=0) for r in other.rows
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from initperf.core.precision import in_float64
-from initperf.init.schemes import fan_in
+from initperf.core.units import fan_in
 from initperf.variance.layer_trace import SATURATING, squared_gain
 from initperf.variance.monitor import VarianceMonitor
 from initperf.variance.records import BACKWARD, FORWARD, GRADIENT, INPUT, Key, Reading

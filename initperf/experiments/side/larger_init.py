@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from initperf.core.checks import check
+from initperf.core.tables import Table
 from initperf.experiments.side.figures import Panel, panels_figure
 from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
 from initperf.experiments.side.side import Setting
 from initperf.init import Init, initialize
 from initperf.report.numbers.results import Run
-from initperf.report.words.findings import Table, accuracy, points
+from initperf.report.words.findings import accuracy, points
 from initperf.tickets.ticket import Ticket
 
 SCALES = (1.0, math.sqrt(2), math.sqrt(10))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from initperf.core.checks import check
 from initperf.core.files import make_folder, write_atomically
+from initperf.core.tables import Table
 from initperf.report.numbers.intervals import Difference, Spread, paired_difference, spread
 from initperf.report.numbers.results import Run
-from initperf.report.words.findings import Table
 from initperf.tickets.run_folder import write_csv
 
 Row = Mapping[str, Any]

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from initperf.core.tables import Table
 from initperf.experiments.side.figures import Panel, panels_figure
 from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
 from initperf.experiments.side.side import Setting
 from initperf.init.model.rescale import MODES
-from initperf.report.words.findings import Table, accuracy, points
+from initperf.report.words.findings import accuracy, points
 from initperf.variance.moments import moments
 
 STARTS = {"ticket": "rewound", "reinit": "re-initialized", "shuffle": "shuffled"}

@@ -14,11 +14,12 @@ from functools import partial
 from typing import Any
 
 from initperf.core.checks import check
+from initperf.core.tables import NONE, Table, percent
 from initperf.experiments.side.figures import Panel, panels_figure
 from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, early_and_final, over_trials, rows_of
 from initperf.experiments.side.side import Setting
 from initperf.report.numbers.results import Run
-from initperf.report.words.findings import NONE, Table, accuracy, percent, points
+from initperf.report.words.findings import accuracy, points
 from initperf.tickets.run import Run as Training
 
 FASTER = 5  # the second learning rate, over the recipe's

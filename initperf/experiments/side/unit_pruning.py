@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from initperf.core.checks import check
 from initperf.core.files import write_atomically
+from initperf.core.tables import NONE, Table, percent
 from initperf.experiments.networks import weights_of
 from initperf.experiments.side.figures import Panel, panels_figure
 from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, early_and_final, over_trials, rows_of
 from initperf.experiments.side.scratch import MOST_COMPUTE, compute, scratch_rows
 from initperf.experiments.side.side import Setting
 from initperf.init import initialize
-from initperf.report.words.findings import NONE, Table, accuracy, percent, points
+from initperf.report.words.findings import accuracy, points
 from initperf.tickets.run import Run as Training
 from initperf.tickets.run import derive_seed
 

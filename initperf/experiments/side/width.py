@@ -14,10 +14,11 @@ from typing import Any
 from torch import nn
 
 from initperf.core.checks import check
+from initperf.core.tables import Table
 from initperf.experiments.side.figures import Panel, panels_figure
 from initperf.experiments.side.outcome import ACCURACY, Outcome, compare, over_trials, rows_of
 from initperf.experiments.side.side import Setting
-from initperf.report.words.findings import Table, accuracy, points
+from initperf.report.words.findings import accuracy, points
 
 WIDTHS = (75, 150, 300, 600)
 FRACTION = 0.5  # a round, about

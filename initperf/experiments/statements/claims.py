@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import NamedTuple
 
+from initperf.core.tables import count_of, percent
 from initperf.report.numbers.intervals import Difference, paired_difference
 from initperf.report.numbers.results import Run
-from initperf.report.words.findings import count_of, percent, points
+from initperf.report.words.findings import points
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
 ENOUGH = 0.5  # of the paper's effect

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from initperf.core.tables import percent
 from initperf.experiments.side.outcome import ACCURACY, by_trial, compare
 from initperf.experiments.side.rescaled import layers_of, mean_ratio
 from initperf.experiments.statements.claims import (
@@ -22,7 +23,7 @@ from initperf.experiments.statements.claims import (
     untested,
 )
 from initperf.report.numbers.intervals import Difference
-from initperf.report.words.findings import percent, points
+from initperf.report.words.findings import points
 
 RETHINKING, REVIEW = "Liu et al. 2019", "review"
 Rows = list[dict[str, Any]]

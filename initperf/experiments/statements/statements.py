@@ -16,6 +16,7 @@ from pathlib import Path
 
 from initperf.core.checks import InitPerfError, check
 from initperf.core.files import make_folder, write_atomically
+from initperf.core.tables import Table, count_of, joined
 from initperf.experiments.side.outcome import read_rows
 from initperf.experiments.side.side import EXPERIMENTS
 from initperf.experiments.statements.claims import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, Statement
@@ -26,7 +27,6 @@ from initperf.report.numbers.movement import write_analysis
 from initperf.report.numbers.results import Run, read_run
 from initperf.report.numbers.survivors import examine
 from initperf.report.words import findings
-from initperf.report.words.findings import Table
 from initperf.report.words.movement import movement_table, overlap_table, own_rates_table, survivors_table
 
 RULES = (
@@ -78,13 +78,13 @@ def _experiments(folder: Path | None) -> tuple[dict[str, Rows], dict[str, str]]:
 def _summary(found: dict[str, list[Statement]], runs: list[Run], budgets: dict[str, str]) -> str:
     counts = Counter(statement.verdict for statements in found.values() for statement in statements)
     total = sum(counts.values())
-    verdicts = findings.joined(f"{counts[v]} {v}" for v in (REPRODUCED, NOT_REPRODUCED, NOT_TESTED))
+    verdicts = joined(f"{counts[v]} {v}" for v in (REPRODUCED, NOT_REPRODUCED, NOT_TESTED))
     lines = [f"# Results\n\nOf {total} statements {verdicts}.\n"]
     for run in runs:
         missing = f", unfinished: {len(run.rows)} of {run.planned} networks" if len(run.rows) < run.planned else ""
         less = ", ".join(f"{key} {value}" for key, value in (run.config.get("reduced") or {}).items())
         budget = f", **{budget_of(run)}** ({less})" if budget_of(run) else ", the whole recipe"
-        about = f"{findings.count_of(run.trials, 'trial')}{missing}{budget}"
+        about = f"{count_of(run.trials, 'trial')}{missing}{budget}"
         lines.append(f"- {run.config.get('recipe')}: {about}. {run.config.get('attribution', '')}")
     lines += [f"- experiment {name}{f': **{budget}**' if budget else ''}" for name, budget in budgets.items()]
     return "\n".join(lines) + f"\n\n{RULES}"
@@ -92,7 +92,7 @@ def _summary(found: dict[str, list[Statement]], runs: list[Run], budgets: dict[s
 
 def _statements(title: str, statements: list[Statement]) -> str:
     rows = [[s.text, s.measured, f"**{s.verdict}**", s.budget] for s in statements]
-    sources = findings.joined(dict.fromkeys(s.source for s in statements))
+    sources = joined(dict.fromkeys(s.source for s in statements))
     table = Table(f"{title} ({sources})", ["statement", "measured", "verdict", "budget"], rows, [])
     return _markdown(table)
 

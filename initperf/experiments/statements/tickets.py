@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from initperf.core.tables import percent
 from initperf.experiments.side.outcome import ACCURACY
 from initperf.experiments.statements.claims import (
     NOT_REPRODUCED,
@@ -27,7 +28,7 @@ from initperf.experiments.statements.claims import (
 from initperf.report.numbers.intervals import Difference
 from initperf.report.numbers.movement import Gap, growth, movement_gap, movement_of
 from initperf.report.numbers.results import Run
-from initperf.report.words.findings import name_of, percent, points
+from initperf.report.words.findings import name_of, points
 from initperf.report.words.movement import explained
 
 SOURCE = "Frankle & Carbin 2019"

@@ -18,7 +18,7 @@ from initperf.core import ops
 from initperf.core.checks import fail
 from initperf.core.precision import in_float64
 from initperf.core.torch_private import ConvNd, ConvTransposeNd
-from initperf.init.schemes import by_unit
+from initperf.core.units import by_unit
 from initperf.variance.layer_trace import tensors_in
 from initperf.variance.moments import moments
 

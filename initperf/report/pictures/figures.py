@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from initperf.core.extras import needed
+from initperf.core.tables import percent
 from initperf.report.numbers.results import Run, spread
-from initperf.report.words.findings import name_of, percent
+from initperf.report.words.findings import name_of
 
 with needed("report"):
     from matplotlib import rc_context

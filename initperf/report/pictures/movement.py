@@ -6,12 +6,12 @@ from itertools import pairwise
 from statistics import fmean
 
 from initperf.core.extras import needed
+from initperf.core.tables import percent
 from initperf.report.numbers.intervals import spread
 from initperf.report.numbers.movement import movement_of
 from initperf.report.numbers.results import Run
 from initperf.report.numbers.survivors import BINS, Overlap, Survivors, mean_histogram
 from initperf.report.pictures.figures import DENSE, STYLE, legend_above, surviving_axis, svg
-from initperf.report.words.findings import percent
 from initperf.report.words.movement import evenly
 
 with needed("report"):

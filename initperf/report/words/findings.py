@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from initperf.core.tables import NONE, Table, count_of, joined, percent, size
 from initperf.report.numbers.results import NAMES, Difference, Reach, Run, Spread
 
-NONE = "–"
 DENSE_LIBRARIES = {"mkl", "cublas"}  # backends of masked products that run dense by choice
-
-
-class Table(NamedTuple):
-    """Text cells; a new group begins where the first cell is not empty; `notes` stand below."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    notes: list[str]
 
 
 class Verdict(NamedTuple):
@@ -28,31 +18,8 @@ class Verdict(NamedTuple):
     sentences: list[str]
 
 
-def percent(fraction: float, digits: int | None = None) -> str:
-    """0.0423 -> "4.23%" (three significant digits), or with a fixed number of decimals."""
-    return f"{100 * fraction:.3g}%" if digits is None else f"{100 * fraction:.{digits}f}%"
-
-
 def name_of(kind: str) -> str:
     return NAMES.get(kind, kind)
-
-
-def joined(words: Iterable[str]) -> str:
-    """a, b and c."""
-    *most, last = words
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def count_of(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def size(count: float) -> str:
-    """Bytes, in decimal units."""
-    for unit, scale in (("MB", 1e6), ("KB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def accuracy(value: Spread | None) -> str:

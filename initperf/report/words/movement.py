@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TypeVar
 
+from initperf.core.tables import NONE, Table, count_of, percent
 from initperf.report.numbers.movement import Gap, movement_gap, movement_of
 from initperf.report.numbers.results import Run
 from initperf.report.numbers.survivors import Overlap, Survivors
-from initperf.report.words.findings import NONE, Table, accuracy, count_of, early_stop, name_of, percent, points
+from initperf.report.words.findings import accuracy, early_stop, name_of, points
 
 MOST_LEVELS = 6
 SAME_DENSITY = 0.02  # relative: levels of two runs that may be set side by side
