@@ -70,7 +70,7 @@ def folder(tmp_path):
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     """A real search: two trials, two levels, two layers, of random images."""
-    from initperf.experiments.data.sets import DataSet, Split
+    from initperf.experiments.data.data_set import DataSet, Split
     from initperf.experiments.recipes import find
 
     g = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from initperf.core.checks import InitPerfError
+from initperf.experiments.data import data_set as data_set
 from initperf.experiments.data import sets
 
 
@@ -40,18 +41,18 @@ def test_digits_are_embedded_and_complete():
 
 
 def test_the_digits_split_never_moves():
-    assert sets.permutation(1797, sets.SPLIT_SEED, "digits")[:5].tolist() == [413, 1110, 610, 982, 1480]
+    assert data_set.permutation(1797, data_set.SPLIT_SEED, "digits")[:5].tolist() == [413, 1110, 610, 982, 1480]
 
 
 def test_splits_are_disjoint_and_every_image_is_in_one():
-    order = sets.permutation(1797, sets.SPLIT_SEED, "digits")
+    order = data_set.permutation(1797, data_set.SPLIT_SEED, "digits")
     assert torch.equal(order.sort().values, torch.arange(1797))
 
 
 def test_permutations_differ_by_seed_and_stream_only():
-    assert torch.equal(sets.permutation(1000, 1, 2), sets.permutation(1000, 1, 2))
-    assert not torch.equal(sets.permutation(1000, 1, 2), sets.permutation(1000, 1, 3))
-    assert not torch.equal(sets.permutation(1000, 1, 2), sets.permutation(1000, 2, 2))
+    assert torch.equal(data_set.permutation(1000, 1, 2), data_set.permutation(1000, 1, 2))
+    assert not torch.equal(data_set.permutation(1000, 1, 2), data_set.permutation(1000, 1, 3))
+    assert not torch.equal(data_set.permutation(1000, 1, 2), data_set.permutation(1000, 2, 2))
 
 
 def test_any_set_of_mnists_format_loads_from_its_folder(folder):

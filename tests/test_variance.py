@@ -10,7 +10,7 @@ from initperf import init, rng
 from initperf.core.checks import InitPerfError
 from initperf.experiments.variance.masked_weights import MASKS, RESCALES, find_masks, prune_weights, train_briefly
 from initperf.experiments.variance.nets import ACTIVATIONS
-from initperf.experiments.variance.variance import run_variance
+from initperf.experiments.variance.variance import run_variance, save
 
 SEEDS = 3
 
@@ -159,14 +159,14 @@ def test_measured_rescaling_gives_every_layer_the_dense_variance():
 
 
 def test_several_masks_make_one_picture_and_one_table(tmp_path, pruned):
-    table, picture = pruned.save(tmp_path)
+    table, picture = save(pruned, tmp_path)
     labels = {row["init"] for row in csv.DictReader(table.open())}
     assert len(labels) == len(pruned.lines) == 15
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_files_hold_the_table_and_a_picture(tmp_path, figure):
-    table, picture = figure.save(tmp_path / "out")
+    table, picture = save(figure, tmp_path / "out")
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(figure.table()) == 6 * 50

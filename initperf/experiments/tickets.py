@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from initperf.core.checks import check
 from initperf.core.files import write_atomically
+from initperf.experiments.data import data_set as data_set
 from initperf.experiments.data import sets
 from initperf.experiments.recipes import DEFAULT, Recipe, find
 from initperf.experiments.training import keep_freed_memory, measure_steps, train
@@ -109,7 +110,7 @@ def _recipe(
     return chosen.changed(budget or DEFAULT[chosen.data][1], **given)
 
 
-def _search(recipe: Recipe, data_dir: str | Path | None, out: Path, seed: int) -> tuple[TicketSearch, sets.DataSet]:
+def _search(recipe: Recipe, data_dir: str | Path | None, out: Path, seed: int) -> tuple[TicketSearch, data_set.DataSet]:
     images = sets.load(recipe.data, data_dir)
     size = len(images.train)
     check(recipe.batch <= size, f"a batch of at most the {size} training images", recipe.batch)
@@ -148,7 +149,7 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
-def _work(search: TicketSearch, images: sets.DataSet, recipe: Recipe, reporter: _Reporter | None) -> None:
+def _work(search: TicketSearch, images: data_set.DataSet, recipe: Recipe, reporter: _Reporter | None) -> None:
     if recipe.channels:
         keep_freed_memory()
     for run in search:
@@ -157,7 +158,7 @@ def _work(search: TicketSearch, images: sets.DataSet, recipe: Recipe, reporter: 
         train(run, images, recipe, reporter.tick if reporter else None)
 
 
-def _measure(search: TicketSearch, images: sets.DataSet, recipe: Recipe) -> list[dict[str, Any]]:
+def _measure(search: TicketSearch, images: data_set.DataSet, recipe: Recipe) -> list[dict[str, Any]]:
     """steps.csv: a training step with the masks of trial 0, on dense, masked and compressed layers, in alternation."""
     rows = []
     for level in range(search.rounds + 1):

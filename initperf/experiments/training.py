@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from initperf.experiments.data.sets import DataSet, Split, permutation
+from initperf.experiments.data.data_set import DataSet, Split, permutation
 from initperf.experiments.recipes import Recipe
 from initperf.tickets.search import Run
 

@@ -15,7 +15,7 @@ from initperf.core.units import fan_in
 from initperf.variance.layer_trace import SATURATING, squared_gain
 from initperf.variance.monitor import VarianceMonitor
 from initperf.variance.records import BACKWARD, FORWARD, GRADIENT, INPUT, Key, Reading
-from initperf.variance.verdicts import _FEW, THRESHOLDS, Verdict
+from initperf.variance.thresholds import _FEW, THRESHOLDS, Verdict
 
 _RULES = {"tanh": "Xavier's", "sigmoid": "Xavier's", "selu": "LeCun's", None: "LeCun's"}
 

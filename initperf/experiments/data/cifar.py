@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from initperf.core.checks import InitPerfError, InitPerfImportError, check, fail
-from initperf.experiments.data.sets import SPLIT_SEED, DataSet, Split, permutation, sha256
+from initperf.experiments.data.data_set import SPLIT_SEED, DataSet, Split, permutation, sha256
 
 TRAIN, TEST = 50_000, 10_000
 VALIDATION = 5000  # Frankle & Carbin: 45K train, 5K validation, 10K test

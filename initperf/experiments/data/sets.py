@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import zlib
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from initperf import rng
-from initperf.core import ops
 from initperf.core.checks import InitPerfError, check, fail
+from initperf.experiments.data.data_set import SPLIT_SEED, DataSet, Split, permutation, sha256
 
-SPLIT_SEED = 0x5EED
 DIGITS_SPLIT = 1097, 300, 400  # train, validation, test; no official split exists
 MNIST_VALIDATION = 5000  # Frankle & Carbin: 55K train, 5K validation, 10K test
 MNIST_NORMALIZATION = 0.1307, 0.3081
@@ -36,38 +32,6 @@ _GET_MNIST = (
 )
 _LAYOUTS = {"mnist": ("train-images*",), "cifar10": ("cifar-10-*", "data_batch_1*", "*jpg*.tar.gz", "*jpeg*.tar.gz")}
 _MAGIC = {"images": 0x803, "labels": 0x801}  # IDX: unsigned bytes, 3 dimensions or 1
-
-
-@dataclass(frozen=True)
-class Split:
-    """Normalized images (N, ...) float32 and labels (N,) int64."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """Three disjoint splits; `about` says what it is, whose, and how normalized; `sha256` is of the raw pixels and labels."""
-
-    name: str
-    about: str
-    classes: int
-    train: Split
-    val: Split
-    test: Split
-    sha256: str
-
-
-def permutation(n: int, seed: int, stream: int | str = 0) -> Tensor:
-    """0 .. n-1 in order of (word(index), index) of the RNG contract: the same on every machine and in every version."""
-    words = torch.empty(n, dtype=torch.int32)
-    key = rng.stream_of(stream) if isinstance(stream, str) else stream
-    ops.implementation("sample_", "cpu")(words, rng.BITS, (), seed, key)
-    return torch.sort(words.long() & 0xFFFFFFFF, stable=True).indices
 
 
 def load(name: str, folder: str | Path | None = None) -> DataSet:
@@ -190,10 +154,3 @@ def _split(pixels: np.ndarray, labels: np.ndarray, scale: int, mean: float, std:
     return Split(
         torch.from_numpy(table.take(pixels.reshape(len(pixels), -1))), torch.from_numpy(labels.astype(np.int64))
     )
-
-
-def sha256(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from initperf import __version__, prune
 from initperf.core.checks import check, check_seed
+from initperf.experiments.data import data_set as data_set
 from initperf.experiments.data import sets
 from initperf.experiments.networks import mlp
 from initperf.experiments.recipes import DEFAULT, Recipe, find
@@ -49,7 +50,7 @@ VERSIONS = {"initperf": __version__, "torch": torch.__version__}
 class Setting:
     """Data, recipe, seed and folder of one experiment; `progress(text)` hears what is being trained."""
 
-    images: sets.DataSet
+    images: data_set.DataSet
     recipe: Recipe
     seed: int
     out: Path

@@ -16,7 +16,7 @@ with needed("report"):
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 if TYPE_CHECKING:
-    from initperf.experiments.variance.variance import Line, VarianceResult
+    from initperf.experiments.variance.result import Line, VarianceResult
 
 # Okabe & Ito's palette, which colour-blind readers can tell apart; the markers differ as well.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#555555", "#CC79A7", "#B8860B")

@@ -17,7 +17,7 @@ from initperf.init.schemes import Init, Place
 from initperf.variance.moments import moments
 
 if TYPE_CHECKING:
-    from initperf.init.identify.identify import Finding
+    from initperf.init.identify.finding import Finding
 
 
 def expected(model: Any, tensors: Mapping[str, Tensor], expect: Mapping[str, str | Init]) -> dict[str, Init]:

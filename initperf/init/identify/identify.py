@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from initperf.init.identify.candidates import Candidate, Surroundings, candidate
 from initperf.init.identify.checkpoint import read_tensors
 from initperf.init.identify.choose_scheme import NUMBER, TRAINED, Case, Fit, most_probable
 from initperf.init.identify.expectation import disagreement, expected
+from initperf.init.identify.finding import Finding
 from initperf.init.identify.fit import Facts, facts_of, log_likelihood, rejected, without_clamped, without_zeros
 from initperf.init.identify.structured import structured
 from initperf.init.schemes import Init
@@ -30,26 +31,6 @@ ANY_SCALE = 10_000  # values from which a normal or uniform of a scale that no s
 NO_SCHEME = ", of no known scheme"
 _TOO_FEW = 20
 _LARGE = 1000
-
-
-@dataclass
-class Finding:
-    """One parameter: what was measured, the scheme that explains it best (init: its distribution), others that fit, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    mean: float
-    std: float
-    low: float
-    high: float
-    kurtosis: float
-    zeros: float
-    scheme: str
-    others: list[str] = field(default_factory=list)
-    evidence: str = ""
-    disagreement: str | None = None
-    init: Init | None = None
 
 
 @dataclass
