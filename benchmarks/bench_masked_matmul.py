@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from initperf import choice, ops
-from initperf.layers.compressed_linear import SparseLinear
-from initperf.layers.linear import MaskedLinear
+from initperf.layers.linear import MaskedLinear, SparseLinear
 from initperf.layers.sequential import fuse
 
 # batch, inputs, outputs, density: the rows of the project's targets, then rows where dense is to run.

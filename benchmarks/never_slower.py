@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from initperf import choice
-from initperf.layers.compressed_linear import SparseLinear
-from initperf.layers.linear import MaskedLinear
+from initperf.layers.linear import MaskedLinear, SparseLinear
 
 SHAPES = ((64, 64), (256, 256), (784, 300), (1024, 1024), (4096, 1024), (4096, 4096))
 BATCHES = (1, 2, 4, 16, 64, 256, 1024, 4096)

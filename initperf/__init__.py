@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from initperf.init.identify.identify import describe, describe_file
     from initperf.init.model.model import initialize
     from initperf.init.redirect import fast_init
-    from initperf.layers.compressed_linear import SparseLinear
     from initperf.layers.conv import MaskedConv2d, SparseConv2d
     from initperf.layers.convert import check_masks, densify, sparsify
-    from initperf.layers.linear import MaskedLinear
+    from initperf.layers.linear import MaskedLinear, SparseLinear
     from initperf.layers.optimizers import mask_optimizer_
     from initperf.layers.sequential import SparseSequential
     from initperf.tickets.search import TicketSearch
@@ -53,7 +52,7 @@ _HOMES = {
     "MaskedConv2d": "layers.conv",
     "MaskedLinear": "layers.linear",
     "SparseConv2d": "layers.conv",
-    "SparseLinear": "layers.compressed_linear",
+    "SparseLinear": "layers.linear",
     "SparseSequential": "layers.sequential",
     "Ticket": "tickets.ticket",
     "TicketSearch": "tickets.search",

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from initperf.core.checks import InitPerfError
-from initperf.layers.compressed_linear import SparseLinear
 from initperf.layers.convert import check_masks, densify, masked_layers, sparse_layers, sparsify
-from initperf.layers.linear import MaskedLinear
+from initperf.layers.linear import MaskedLinear, SparseLinear
 
 pytest.importorskip("numba")
 

@@ -16,9 +16,8 @@ from initperf.choice import prefer
 from initperf.core import without_dispatch
 from initperf.core.bits import pack_bits
 from initperf.core.checks import InitPerfError
-from initperf.layers.compressed_linear import SparseLinear
 from initperf.layers.convert import check_masks, densify, masked_layers, sparsify
-from initperf.layers.linear import MaskedLinear
+from initperf.layers.linear import MaskedLinear, SparseLinear
 from initperf.layers.ops import masked_linear as masked_ops
 from initperf.layers.optimizers import mask_optimizer_
 

@@ -7,9 +7,8 @@ import torch
 from tolerance import assert_close_to_exact, linear, of_network, of_squares
 from torch import nn
 
-from initperf.layers.compressed_linear import SparseLinear
 from initperf.layers.convert import densify, sparsify
-from initperf.layers.linear import MaskedLinear
+from initperf.layers.linear import MaskedLinear, SparseLinear
 
 pytest.importorskip("numba")
 

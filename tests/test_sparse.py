@@ -15,8 +15,7 @@ from initperf.choice import prefer
 from initperf.core import without_dispatch
 from initperf.core.bits import pack_bits, unpack_bits
 from initperf.core.checks import InitPerfError
-from initperf.layers.compressed_linear import SparseLinear
-from initperf.layers.linear import MaskedLinear
+from initperf.layers.linear import MaskedLinear, SparseLinear
 from initperf.layers.ops import sparse_linear as sparse_ops
 
 pytest.importorskip("numba")

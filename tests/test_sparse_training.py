@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from initperf.core.checks import InitPerfError
-from initperf.layers.compressed_linear import SparseLinear
 from initperf.layers.convert import check_masks, densify, sparsify
+from initperf.layers.linear import SparseLinear
 from initperf.layers.optimizers import mask_optimizer_
 
 pytest.importorskip("numba")

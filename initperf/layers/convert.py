@@ -21,9 +21,8 @@ from initperf.core.checks import (
 )
 from initperf.layers.base.masked import MaskedLayer, check_own_weight
 from initperf.layers.base.sparse import SparseLayer
-from initperf.layers.compressed_linear import SparseLinear
 from initperf.layers.conv import MaskedConv2d, SparseConv2d
-from initperf.layers.linear import MaskedLinear
+from initperf.layers.linear import MaskedLinear, SparseLinear
 from initperf.layers.optimizers import check_optimizer, mask_optimizer_
 from initperf.layers.sequential import fuse
 

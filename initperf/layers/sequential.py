@@ -21,8 +21,7 @@ from initperf.core.torch_private import (
 )
 from initperf.layers.base.pattern import Pattern
 from initperf.layers.choice import table as choice
-from initperf.layers.compressed_linear import SparseLinear
-from initperf.layers.linear import check_input
+from initperf.layers.linear import SparseLinear, check_input
 from initperf.layers.ops import chain as chain_ops
 from initperf.layers.ops.chain import Parameters
 
