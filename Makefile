@@ -35,7 +35,7 @@ test-slow: $(VENV)/.installed
 	touch $@
 
 test-zoo: .venv-zoo/.installed
-	.venv-zoo/bin/python -m pytest -m zoo tests/test_zoo.py
+	.venv-zoo/bin/python -m pytest -m zoo tests/project/test_zoo.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -49,18 +49,18 @@ $(VENV)/triton-%/.installed: $(VENV)/.installed
 # All GPU kernels compiled, not run, with another Triton than the installed one: make test-triton TRITON=3.8.0
 test-triton: $(VENV)/triton-$(TRITON)/.installed
 	PYTHONPATH=$(CURDIR)/$(<D) $(BIN)/python -m pytest -n 2 \
-		tests/test_gpu_static.py tests/test_sample_gpu_code.py tests/test_gpu_moments.py
+		tests/kernels/test_gpu_static.py tests/kernels/test_sample_gpu_code.py tests/kernels/test_moments_gpu_code.py
 
 $(VENV)/triton-%/rows.json: $(VENV)/triton-%/.installed FORCE
-	-PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m benchmarks.gpu_static --json $@
+	-PYTHONPATH=$(CURDIR)/$(@D) $(BIN)/python -m tools.gpu_report.report --json $@
 
 FORCE:
 
 gpu-report: $(TRITONS:%=$(VENV)/triton-%/rows.json)
-	$(BIN)/python -m benchmarks.gpu_static --write $^
+	$(BIN)/python -m tools.gpu_report.report --write $^
 
 gpu: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.gpu_run
+	$(BIN)/python -m benchmarks.gpu.run
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

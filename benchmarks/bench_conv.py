@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from bench_masked_matmul import backend
 from torch import nn
 
+from benchmarks.bench_linear import backend
 from initperf import MaskedConv2d, SparseConv2d, sparsify
 
 BATCH = 60

@@ -1,7 +1,7 @@
 """docs/density.png from the benchmark's own output: speed against density, and where the sparse kernels break even.
 
 pytest benchmarks --benchmark-only -k "1024-1024" --benchmark-json out.json
-python -m benchmarks.plot_density out.json
+python -m docs.plot_density out.json
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 LAYERS = ("256 x 1024 -> 1024", "16 x 1024 -> 1024")
-PICTURE = Path(__file__).parent.parent / "docs" / "density.png"
+PICTURE = Path(__file__).with_name("density.png")
 COLORS = {"masked": "tab:blue", "sparse": "tab:orange"}
 Curve = list[tuple[float, float]]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
+from device import GPU
+
 if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
@@ -39,10 +40,10 @@ def gpu_device() -> str:
 
 @pytest.fixture(scope="session")
 def gpu_rows(tmp_path_factory):
-    """What benchmarks/gpu_static.py reads of the machine code of all kernels: (target, op, label) -> row."""
+    """What tools/gpu_report/report.py reads of the machine code of all kernels: (target, op, label) -> row."""
     import gpu_rows
 
-    found = gpu_rows.once(tmp_path_factory, "rows", "-m", "benchmarks.gpu_static", "--tests", "--json")
+    found = gpu_rows.once(tmp_path_factory, "rows", "-m", "tools.gpu_report.report", "--tests", "--json")
     return {(r["target"], r["op"], r["label"]): r for r in found["rows"]}
 
 
@@ -52,6 +53,3 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("no ../shared/data beside this checkout: MNIST and CIFAR-10 are not shipped")
     return SHARED_DATA
-
-
-requires_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -1,6 +1,6 @@
 """The GPU's kernels against torch on the same card: dense products with the pre-masked weight, var, kthvalue.
 
-Without a GPU nothing is timed; that both sides of every row agree is tested everywhere, small, by tests/test_bench_gpu.py.
+Without a GPU nothing is timed; that both sides of every row agree is tested everywhere, small, by tests/project/test_bench_gpu.py.
 """
 
 from __future__ import annotations

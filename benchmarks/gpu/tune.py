@@ -1,4 +1,4 @@
-"""Times the tiles of every TILES table on this machine's GPU, and prints the rows to put there: `python -m benchmarks.gpu_tune`.
+"""Times the tiles of every TILES table on this machine's GPU, and prints the rows to put there: `python -m benchmarks.gpu.tune`.
 
 A tile whose result differs from the present one by more than rounding, or that does not compile, is never chosen.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_case import replaced
 from initperf.kernels.gpu import targets
 from initperf.kernels.gpu.candidates import block_matmul, decode
 from initperf.kernels.gpu.linear import masked_linear
@@ -23,6 +22,7 @@ from initperf.kernels.gpu.sparse import grad_tile, index, rows_grad
 from initperf.kernels.gpu.sparse import rows as sparse_matmul
 from initperf.kernels.reference.candidates import block_matmul as block_reference
 from initperf.kernels.reference.sparse import rows as rows_reference
+from tools.gpu_report.case import replaced
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Every private name of torch that the package uses. No other file may use one (tests/test_torch_private.py).
+"""Every private name of torch that the package uses. No other file may use one (tests/project/test_torch_private.py).
 
 torch 2.11.0, 2.12.1, 2.13.0, 2.14.1 and 2.15.0 have them all. A version that lacks one gets its substitute here, and
 nowhere else. "Public:" is what torch documents for the same, and why it is not used; without it there is nothing.

@@ -4,19 +4,19 @@ Three sets, none of which shares a model with another:
 - FIT: torch.nn's own classes. The limits (initperf/init/identify/fit.py) are what a true scheme fails once in 10,000 tensors, and hold here.
 - SEEN: families of transformers after which candidates were added and the choice among fitting schemes was made; no limit was
   changed for them.
-- UNSEEN: families that were run for the first time after that (tests/families.py says what was changed later).
+- UNSEEN: families that were run for the first time after that (tests/support/families.py says what was changed later).
 """
 
 import math
 
 import pytest
 import torch
-from families import SEEN, UNSEEN, build
-from recorded import judge, recording
 from torch import nn
 
+from families import SEEN, UNSEEN, build
 from initperf.init import describe
 from initperf.init.identify import fit
+from recorded import judge, recording
 
 FIT = {
     "linear": lambda: nn.Sequential(nn.Linear(200, 300), nn.Linear(64, 64), nn.Linear(48, 4000)),

@@ -5,12 +5,12 @@ from importlib import import_module
 
 import pytest
 import torch
-from tolerance import bits
 from torch import Tensor, nn
 from torch.nn import init as torch_init
 
 from initperf import init
 from initperf.init import fast_init
+from tolerance import bits
 
 NAMES = [*torch_init.__all__, "_no_grad_uniform_", "_no_grad_normal_", "_no_grad_trunc_normal_"]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import bits
 from torch import nn
 from torch.nn import init as torch_init
 
 from initperf import init, ops, rng
 from initperf.core.checks import InitPerfError
 from initperf.kernels.reference.sampling.orthogonal import orthogonal_ as reference_orthogonal_
+from tolerance import bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SAMPLERS = {

@@ -6,18 +6,18 @@ import inspect
 import math
 
 import numpy as np
-import processes
 import pytest
 import torch
 from scipy import stats as scipy_stats
-from tolerance import bits
 from torch import nn
 from torch.nn import init as torch_init
 
+import processes
 from initperf import init, ops, rng
 from initperf.core.checks import InitPerfError
 from initperf.init import Init, initialize
 from initperf.layers.linear import MaskedLinear
+from tolerance import bits
 
 NORMS = {
     "batch": lambda: nn.BatchNorm2d(7),

@@ -6,17 +6,17 @@ import os
 
 import pytest
 import torch
-from forks import assert_same_in_a_forked_child, needs_fork
-from tolerance import assert_close_to_exact, assert_near, bits, linear, of_linear, of_squares, product, sums
 from torch import nn
-from walls import before_a_wall
 
+from forks import assert_same_in_a_forked_child, needs_fork
 from initperf import SparseLinear, choice, ops
 from initperf.choice import prefer
 from initperf.core.bits import pack_bits
 from initperf.core.checks import InitPerfError
 from initperf.kernels.cpu.core.team import NO_TEAM
 from initperf.layers.linear import MaskedLinear
+from tolerance import assert_close_to_exact, assert_near, bits, linear, of_linear, of_squares, product, sums
+from walls import before_a_wall
 
 own = pytest.importorskip("initperf.kernels.cpu.dense.products", exc_type=ImportError)
 

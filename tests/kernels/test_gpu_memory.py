@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from gpu_memory import LastProgram, apart, checked_memory, virtual
-from tolerance import bits
 
+from gpu_memory import LastProgram, apart, checked_memory, virtual
 from initperf import rng
 from initperf.kernels.reference.sampling.sample import sample_ as definition
+from tolerance import bits
 
 pytest.importorskip("triton")
 from initperf.kernels.gpu.masks import select  # noqa: E402

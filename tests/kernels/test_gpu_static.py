@@ -7,29 +7,30 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import GPU
 from packaging.specifiers import SpecifierSet
 
-triton = pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from gpu_rows import once  # noqa: E402
+from device import GPU
 
-from benchmarks import aot, gpu_model, gpu_run, gpu_static, gpu_tune, triton_versions  # noqa: E402
-from benchmarks.gpu_case import MAIN  # noqa: E402
+triton = pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+from benchmarks import triton_versions  # noqa: E402
+from benchmarks.gpu import run, tune  # noqa: E402
+from gpu_rows import once  # noqa: E402
 from initperf.layers.choice.gpu_counts import COUNTS  # noqa: E402
 from initperf.layers.choice.gpu_devices import BY_TARGET, DEVICES  # noqa: E402
 from initperf.layers.choice.gpu_model import KEYS  # noqa: E402
+from tools.gpu_report import aot, model, report  # noqa: E402
+from tools.gpu_report.case import MAIN  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def recorded():
-    return gpu_static.record(triton.__version__)
+    return report.record(triton.__version__)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    return once(tmp_path_factory, "planted", "tests/planted_gpu_faults.py")
+    return once(tmp_path_factory, "planted", "tests/support/planted_gpu_faults.py")
 
 
 def test_every_kernel_compiles_for_every_main_target(gpu_rows):
@@ -53,7 +54,7 @@ def test_no_kernel_has_a_flaw(gpu_rows):
 
 
 def test_no_kernel_got_worse_than_recorded(gpu_rows, recorded):
-    assert not {key: w for key, r in gpu_rows.items() if (w := gpu_static.worse(r, recorded[gpu_static.key(r)]))}
+    assert not {key: w for key, r in gpu_rows.items() if (w := report.worse(r, recorded[report.key(r)]))}
 
 
 @pytest.mark.parametrize("target", MAIN)
@@ -84,9 +85,9 @@ def test_one_row_moves_the_formats_bytes_and_is_predicted_faster_than_dense(gpu_
 
 def test_a_slower_kernel_is_predicted_slower_and_called_worse(planted):
     assert planted["slow"]["predicted_us"] > 1.05 * planted["sound"]["predicted_us"]
-    sound = gpu_static.recorded(planted["sound"])
-    assert gpu_static.worse(planted["slow"], sound)
-    assert not gpu_static.worse(planted["sound"], sound)
+    sound = report.recorded(planted["sound"])
+    assert report.worse(planted["slow"], sound)
+    assert not report.worse(planted["sound"], sound)
 
 
 def test_spills_narrow_loads_and_approximations_are_seen(planted):
@@ -101,7 +102,7 @@ def test_spills_narrow_loads_and_approximations_are_seen(planted):
 
 def test_the_page_shows_every_recorded_case_and_no_flaw():
     page = (ROOT / "docs" / "gpu.md").read_text()
-    recorded = gpu_static.record(triton_versions.TRITONS[-1])
+    recorded = report.record(triton_versions.TRITONS[-1])
     assert all("| {} | {} |".format(*name.split(" ", 1)[1].split(": ", 1)) in page for name in recorded)
     assert "Nothing here was measured on a GPU" in page
     assert "Of these rows all do." in page
@@ -110,7 +111,7 @@ def test_the_page_shows_every_recorded_case_and_no_flaw():
 
 def test_every_supported_triton_is_recorded_and_compiled_by_the_report():
     tritons = triton_versions.TRITONS
-    assert list(json.loads(gpu_static.RECORD.read_text())["rows"]) == tritons
+    assert list(json.loads(report.RECORD.read_text())["rows"]) == tritons
     assert f"TRITONS ?= {' '.join(tritons)}\n" in (ROOT / "Makefile").read_text()
     assert triton_versions.of_installed_torch() in tritons
     (supported,) = re.findall(r"'triton(\S+);", (ROOT / "pyproject.toml").read_text())
@@ -140,18 +141,18 @@ def test_counts_of_the_choice_are_those_of_the_code(gpu_rows):
         assert all(1 / most < counted[pipe] / known < most for pipe, known in COUNTS["sm_90"][key].items()), key
 
 
-@pytest.mark.skipif(GPU, reason="times for real on a GPU: python -m benchmarks.gpu_tune")
+@pytest.mark.skipif(GPU, reason="times for real on a GPU: python -m benchmarks.gpu.tune")
 def test_tuning_runs_every_kernel_and_keeps_a_tile_that_agrees():
-    one_of_each = {choice.name.split()[0]: choice for choice in gpu_tune.choices("cpu", size=32, batch=8)}
+    one_of_each = {choice.name.split()[0]: choice for choice in tune.choices("cpu", size=32, batch=8)}
     assert set(one_of_each) == {"decode", "sparse_matmul", "sparse_grad", "masked", "block"}
     for choice in one_of_each.values():
-        tile, least, now = gpu_tune.best(choice, "cpu", limit=1)
+        tile, least, now = tune.best(choice, "cpu", limit=1)
         assert least <= now
         assert tile in [choice.now, *choice.others]
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")
-@pytest.mark.parametrize("module", [gpu_run, gpu_tune])
+@pytest.mark.parametrize("module", [run, tune])
 def test_without_a_gpu_running_and_tuning_say_so(module, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x"])
     assert module.main() == 1
@@ -173,8 +174,8 @@ def code(*instructions, loops=(), registers=32, shared=0, warps=4, target="sm_90
     ],
 )
 def test_multiply_adds_are_read_from_the_name(name, macs):
-    assert gpu_model.macs(name, 32) == macs
-    assert gpu_model.macs("v_mfma_f32_32x32x8_bf16", 64) == 32 * 32 * 8
+    assert model.macs(name, 32) == macs
+    assert model.macs("v_mfma_f32_32x32x8_bf16", 64) == 32 * 32 * 8
 
 
 def test_widths_are_read_from_the_name():
@@ -185,33 +186,33 @@ def test_widths_are_read_from_the_name():
 
 def test_the_main_loop_runs_as_often_as_its_multiply_adds_ask():
     loop = code("MOV", "FFMA", "FFMA", "BRA", "EXIT", loops=[(1, 3)])
-    turns = gpu_model.trips(loop, program_macs=2 * 32 * 4 * 10)
+    turns = model.trips(loop, program_macs=2 * 32 * 4 * 10)
     assert turns == 10
-    assert gpu_model.executed(loop, turns) == {"MOV": 1, "FFMA": 20, "BRA": 10, "EXIT": 1}
+    assert model.executed(loop, turns) == {"MOV": 1, "FFMA": 20, "BRA": 10, "EXIT": 1}
 
 
 def test_what_fits_a_core_follows_the_scarcest_resource():
     h100 = DEVICES["h100"]
-    assert gpu_model.resident(code(registers=32), h100) == 16  # 64 warps
-    assert gpu_model.resident(code(registers=128), h100) == 4
-    assert gpu_model.resident(code(shared=100 * 1024), h100) == 2
-    assert gpu_model.resident(code(warps=1), h100) == 32
-    assert gpu_model.resident(code(registers=128, target="gfx942"), DEVICES["mi300x"]) == 4
+    assert model.resident(code(registers=32), h100) == 16  # 64 warps
+    assert model.resident(code(registers=128), h100) == 4
+    assert model.resident(code(shared=100 * 1024), h100) == 2
+    assert model.resident(code(warps=1), h100) == 32
+    assert model.resident(code(registers=128, target="gfx942"), DEVICES["mi300x"]) == 4
 
 
 def test_more_bytes_and_more_instructions_take_longer():
     launch = aot.Launch("k", (1000,), code(*["IADD3"] * 100), {})
     h100 = DEVICES["h100"]
-    one = gpu_model.predict([launch], h100, nbytes=1e6)
-    assert gpu_model.predict([launch], h100, nbytes=2e6).us > one.us
+    one = model.predict([launch], h100, nbytes=1e6)
+    assert model.predict([launch], h100, nbytes=2e6).us > one.us
     longer = aot.Launch("k", (1000,), code(*["IADD3"] * 200), {})
-    assert gpu_model.predict([longer], h100, nbytes=1e6).us > one.us
+    assert model.predict([longer], h100, nbytes=1e6).us > one.us
 
 
 def test_random_bank_conflicts_are_the_expected_fullest_bin():
-    assert gpu_model.most_loaded(1, 4) == 1
-    assert gpu_model.most_loaded(2, 2) == pytest.approx(1.5)
-    assert gpu_model.most_loaded(4, 4) == pytest.approx(2.125)
+    assert model.most_loaded(1, 4) == 1
+    assert model.most_loaded(2, 2) == pytest.approx(1.5)
+    assert model.most_loaded(4, 4) == pytest.approx(2.125)
 
 
 def test_capturing_in_the_interpreter_is_refused():
@@ -221,7 +222,7 @@ def test_capturing_in_the_interpreter_is_refused():
 
 
 def test_every_target_has_a_device_with_figures_and_a_source():
-    assert set(BY_TARGET) == set(MAIN + gpu_static.ALSO)
+    assert set(BY_TARGET) == set(MAIN + report.ALSO)
     for device in DEVICES.values():
         assert device.source
         assert min(device.peaks.values()) > 0

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gpu_memory import apart, checked_memory, nan_around, virtual
 from tolerance import assert_close_to_exact, bits, product
 

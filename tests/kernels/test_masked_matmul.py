@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_close_to_exact, bits, linear, product
 
 from initperf import choice
 from initperf.kernels.reference.linear import masked_linear as reference
 from initperf.layers.base.pattern import SparsePattern
 from initperf.layers.ops import masked_linear as masked_ops
+from tolerance import assert_close_to_exact, bits, linear, product
 
 SHAPES = [  # B, K, N
     (60, 300, 100),

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forks import assert_same_in_a_forked_child, needs_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import Result, assert_close_to_exact, bits, sums
 
+from forks import assert_same_in_a_forked_child, needs_fork
 from initperf.core.checks import InitPerfError
 from initperf.kernels.cpu.core.team import NO_TEAM, team
 from initperf.kernels.cpu.moments import moments as cpu
 from initperf.variance.moments import Moments, moments
+from tolerance import Result, assert_close_to_exact, bits, sums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAUNCHERS = ["cpu", "gpu", "reference"]

@@ -1,14 +1,10 @@
 """Machine code of both moment kernels, compiled ahead of time for every main target: no GPU is needed."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.gpu_case import MAIN  # noqa: E402
 from initperf.kernels.gpu.moments.moments import TILES  # noqa: E402
+from tools.gpu_report.case import MAIN  # noqa: E402
 
 LIST, COLUMNS = "a list of 150", "float32, a channel"
 

@@ -8,13 +8,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from forks import assert_same_in_a_forked_child, needs_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
-from test_rng import KNOWN
-from tolerance import bits
 
+from forks import assert_same_in_a_forked_child, needs_fork
 from initperf import rng
 from initperf.kernels.cpu.core import jit
 from initperf.kernels.cpu.sampling.philox import tile_words
@@ -24,16 +22,10 @@ from initperf.kernels.gpu.sampling.sample import sample_ as gpu_sample_
 from initperf.kernels.reference.sampling.sample import _log, fma
 from initperf.kernels.reference.sampling.sample import philox as reference_philox
 from initperf.kernels.reference.sampling.sample import sample_ as reference_sample_
+from known_answers import KNOWN
+from samples import FLOATS, INF, TRUNCATIONS, assert_same_bits, distributions
+from tolerance import bits
 
-INF = math.inf
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-TRUNCATIONS = {  # one or more intervals of every kind, in std from the mean
-    rng.TRUNC_CENTER: [(-2, 2), (-1, 2.2), (0.5, 2)],
-    rng.TRUNC_NORMAL: [(-3, 3), (0, INF), (-1, 9), (-INF, 0.5), (1, 5), (2, 9)],
-    rng.TRUNC_TAIL: [(4, 5), (2.2, INF), (-INF, -8), (-6, -5), (12, 13)],
-    rng.TRUNC_FAR: [(20, 21), (1000, INF), (-15, -14), (13, INF)],
-    rng.TRUNC_NARROW: [(1, 1.01), (-0.1, 0.2), (20, 20.01), (-7, -6.99999)],
-}
 INTERVALS = [(kind, *interval) for kind, intervals in TRUNCATIONS.items() for interval in intervals]
 
 
@@ -59,25 +51,9 @@ KNOWN_INTERVALS = {
 }
 
 
-def distributions(dtype):
-    """One of every kind, with a scale and a mean that round."""
-    if dtype == torch.int32:
-        return [rng.Distribution(rng.BITS, (0.0, 0.0, -INF, INF))]
-    wide = [rng.uniform(-0.3, 1.7, dtype), rng.normal(0.1, 0.7)]
-    return wide + [
-        rng.trunc_normal(0.1, 0.7, 0.1 + 0.7 * a, 0.1 + 0.7 * b, dtype)
-        for a, b in (intervals[0] for intervals in TRUNCATIONS.values())
-    ]
-
-
 def filled(sample_, n, dtype, distribution, seed=1, stream=0, *rest, device="cpu", **options):
     out = torch.full((n,), 7, dtype=dtype, device=device)
     return sample_(out, *distribution, seed, stream, *rest, **options).cpu()
-
-
-def assert_same_bits(a, b):
-    different = (bits(a) != bits(b)).nonzero()
-    assert not len(different), f"{len(different)} of {a.numel()} differ, first at {different[0].item()}"
 
 
 def cpu_block(c0, c1, c2, c3, k0, k1):

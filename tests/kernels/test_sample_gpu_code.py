@@ -1,8 +1,5 @@
 """Machine code of what initperf.init and `initialize` launch for tensors on a GPU: all kinds and dtypes, IEEE operations as written, few instructions, wide stores, no spills."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,10 +7,9 @@ from initperf import init
 from initperf.core.checks import FLOATS
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import gpu_init  # noqa: E402
-from benchmarks.gpu_case import MAIN, SHORT  # noqa: E402
 from initperf.kernels import contract  # noqa: E402
+from tools.gpu_report import init_cases  # noqa: E402
+from tools.gpu_report.case import MAIN, SHORT  # noqa: E402
 
 KINDS = {
     contract.UNIFORM: "uniform_",
@@ -61,7 +57,7 @@ def values(kernel):
 def test_every_function_that_samples_on_a_tensors_device_is_compiled():
     names = {name for name in init.__all__ if name.endswith("_") and not name.startswith("_")}
     by_value_or_on_the_cpu = {"constant_", "dirac_", "eye_", "ones_", "zeros_", "orthogonal_"}
-    compiled = {name.split()[0] for name in (*gpu_init.FUNCTIONS, *gpu_init.OTHERS)}
+    compiled = {name.split()[0] for name in (*init_cases.FUNCTIONS, *init_cases.OTHERS)}
     assert names - by_value_or_on_the_cpu == {name for name in compiled if name.endswith("_")}
 
 

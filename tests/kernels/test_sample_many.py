@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forks import assert_same_in_a_forked_child, needs_fork
-from test_sample import FLOATS, assert_same_bits, distributions
-from tolerance import bits
 
+from forks import assert_same_in_a_forked_child, needs_fork
 from initperf import rng
 from initperf.core.bits import bits_set, pack_bits
 from initperf.core.checks import InitPerfError
@@ -25,8 +23,10 @@ from initperf.kernels.cpu.sampling.sample_many import sample_many_ as cpu_sample
 from initperf.kernels.gpu.sampling.sample_many import sample_many_ as gpu_sample_many_
 from initperf.kernels.reference.bits import unpacked
 from initperf.kernels.reference.sampling.sample_many import sample_many_ as reference_sample_many_
+from samples import FLOATS, assert_same_bits, distributions
+from tolerance import bits
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INF = math.inf
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "sample_many_", [reference_sample_many_, cpu_sample_many_, gpu_sample_many_], ids=["reference", "cpu", "gpu"]
@@ -290,8 +290,8 @@ BANNED = re.compile(
 
 
 def facts(target):
-    from benchmarks.aot import capture
     from initperf.kernels.gpu.sampling import sample_many as on_gpu
+    from tools.gpu_report.aot import capture
 
     on_gpu._WARP = 2 if target.startswith("gfx") else 1
     lists = [[torch.empty(n, device="meta", dtype=t) for t in FLOATS] for n in (4096, 5001)]
@@ -314,7 +314,7 @@ def facts(target):
 def compiled():
     """Facts of the machine code, from a process where Triton compiles instead of interpreting."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/support")])
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

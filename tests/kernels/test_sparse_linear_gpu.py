@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from gpu_memory import checked_memory
-from tolerance import assert_close_to_exact, linear, product
 
+from gpu_memory import checked_memory
 from initperf.core.bits import pack_bits
 from initperf.kernels.reference.linear import sparse_linear as reference
+from tolerance import assert_close_to_exact, linear, product
 
 pytest.importorskip("triton")
 from initperf.kernels.gpu.linear import sparse_linear as gpu  # noqa: E402

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from gpu_memory import apart, checked_memory, far_away, virtual
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_close_to_exact, bits, linear, product
 
+from gpu_memory import apart, checked_memory, far_away, virtual
 from initperf.kernels.reference.sparse import rows as reference
+from tolerance import assert_close_to_exact, bits, linear, product
 
 pytest.importorskip("triton")
 from initperf.kernels.gpu.sparse import index as pattern  # noqa: E402

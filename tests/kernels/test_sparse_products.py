@@ -4,10 +4,10 @@ from importlib import import_module
 
 import pytest
 import torch
-from tolerance import assert_close_to_exact, bits, linear, product
 
 from initperf.core.bits import pack_bits
 from initperf.kernels.reference.linear import sparse_linear as reference
+from tolerance import assert_close_to_exact, bits, linear, product
 
 pytest.importorskip("numba")
 kernels = import_module("initperf.kernels.cpu.linear.sparse_linear")

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+
 from triton_interpreter import exact_fma  # noqa: E402
 
 

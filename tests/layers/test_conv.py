@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from tolerance import assert_close_to_exact, assert_near, bits, of_convolution, of_squares
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -14,6 +13,7 @@ from initperf import MaskedConv2d, SparseConv2d, check_masks, densify, ops, spar
 from initperf.choice import prefer
 from initperf.core.checks import InitPerfError
 from initperf.layers.ops.conv2d import conv_pays
+from tolerance import assert_close_to_exact, assert_near, bits, of_convolution, of_squares
 
 pytest.importorskip("numba")
 

@@ -2,11 +2,11 @@
 
 import importlib
 
-import processes
 import pytest
 import torch
 from torch import nn
 
+import processes
 from initperf.core.checks import InitPerfError
 from initperf.layers.convert import check_masks, densify, masked_layers, sparse_layers, sparsify
 from initperf.layers.linear import MaskedLinear, SparseLinear

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from tolerance import Sums, assert_close_to_exact, assert_near, bits, linear, of_linear, product
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -20,6 +19,7 @@ from initperf.layers.convert import check_masks, densify, masked_layers, sparsif
 from initperf.layers.linear import MaskedLinear, SparseLinear
 from initperf.layers.ops import masked_linear as masked_ops
 from initperf.layers.optimizers import mask_optimizer_
+from tolerance import Sums, assert_close_to_exact, assert_near, bits, linear, of_linear, product
 
 pytest.importorskip("numba")
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from tolerance import assert_close_to_exact, linear, of_network, of_squares
 from torch import nn
 
 from initperf.layers.convert import densify, sparsify
 from initperf.layers.linear import MaskedLinear, SparseLinear
+from tolerance import assert_close_to_exact, linear, of_network, of_squares
 
 pytest.importorskip("numba")
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tolerance import bits
 from torch import nn
 
 from initperf.layers.convert import check_masks, densify, sparsify
 from initperf.layers.optimizers import mask_optimizer_
+from tolerance import bits
 
 pytest.importorskip("numba")
 

@@ -8,8 +8,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from test_overwritten import WRITES
-from tolerance import assert_close_to_exact, bits, linear, product
 from torch.nn.utils import parametrize
 
 from initperf import MaskedLinear, SparseLinear, choice, densify, ops
@@ -19,6 +17,8 @@ from initperf.kernels.cpu.sparse.compressed_index import sparse_tensors
 from initperf.kernels.cpu.sparse.index import pattern_tensors
 from initperf.layers.inference import ordered_copy
 from initperf.layers.inference.write_watch import why_not
+from tolerance import assert_close_to_exact, bits, linear, product
+from writes import WRITES
 
 KINDS = [MaskedLinear, SparseLinear]
 watches = pytest.mark.skipif(bool(why_not()), reason=f"nothing can be watched here: {why_not()}")

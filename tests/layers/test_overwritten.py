@@ -2,54 +2,16 @@
 
 import pytest
 import torch
-from tolerance import assert_close_to_exact, linear, sums
-from torch import nn
 from torch.nn import functional as F
 
 from initperf import MaskedConv2d, MaskedLinear
 from initperf.core.bits import pack_bits
 from initperf.core.checks import InitPerfError
 from initperf.layers.base.pattern import SparsePattern
+from tolerance import assert_close_to_exact, linear, sums
+from writes import WRITES, a_row, all_by_data, one_value
 
 ROWS = (1, 3, 16, 40, 300)
-
-
-def normal(weight):
-    nn.init.normal_(weight)
-
-
-def a_row(weight):
-    with torch.no_grad():
-        weight[5] = 1.0
-
-
-def one_value(weight):
-    with torch.no_grad():
-        weight.view(-1)[101] += 1.0
-
-
-def noise(weight):
-    with torch.no_grad():
-        weight.add_(torch.randn_like(weight))
-
-
-def all_by_data(weight):
-    weight.data.normal_()
-
-
-def all_by_numpy(weight):
-    weight.detach().numpy()[:] = 3.0
-
-
-def other_memory(weight):
-    weight.data = torch.randn(weight.shape)
-
-
-def other_strides(weight):
-    weight.data = torch.randn(weight.t().shape).t()
-
-
-WRITES = [normal, a_row, one_value, noise, all_by_data, all_by_numpy, other_memory, other_strides]
 
 
 @pytest.mark.parametrize("gradients", [True, False])

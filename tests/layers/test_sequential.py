@@ -6,15 +6,16 @@ import threading
 
 import pytest
 import torch
-from tolerance import assert_close_to_exact, assert_near, bits, of_network
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
+from chains import dense_of, in_threads, layer, model, with_threads
 from initperf import SparseLinear, SparseSequential, densify, ops, sparsify
 from initperf.choice import prefer
 from initperf.core.checks import InitPerfError
 from initperf.layers import sequential
+from tolerance import assert_close_to_exact, assert_near, bits, of_network
 
 pytest.importorskip("numba")
 
@@ -23,47 +24,6 @@ pytest.importorskip("numba")
 def sparse_products():
     with prefer("sparse"):
         yield
-
-
-def layer(inputs, outputs, density=0.2, bias=True, seed=0, dtype=torch.float32):
-    mask = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(seed)) < density
-    mask[0, 0] = True
-    torch.manual_seed(seed)
-    return SparseLinear(inputs, outputs, bias=bias, mask=mask, dtype=dtype)
-
-
-def model(*widths, density=0.2, bias=True, last_relu=False, dtype=torch.float32):
-    layers = []
-    for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
-        layers += [layer(a, b, density, bias, seed=i, dtype=dtype), nn.ReLU()]
-    return SparseSequential(*layers[: None if last_relu else -1])
-
-
-def dense_of(ours, dtype=None):
-    """The dense network with copies of the parameters."""
-    layers = [m.to_dense() if isinstance(m, SparseLinear) else copy.deepcopy(m) for m in ours]
-    return nn.Sequential(*layers).to(dtype)
-
-
-def in_threads(work):
-    """work(number) in four threads at once."""
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-
-
-def with_threads(counts, call):
-    """What call() gives with each of torch's numbers of threads."""
-    before, found = torch.get_num_threads(), []
-    try:
-        for count in counts:
-            torch.set_num_threads(count)
-            found.append(call())
-    finally:
-        torch.set_num_threads(before)
-    return found
 
 
 def runs_counted(call):

@@ -7,16 +7,17 @@ from itertools import pairwise
 
 import pytest
 import torch
-from forks import assert_same_in_a_forked_child, needs_fork
-from test_chain import assert_right, dense_of, in_threads, layer, model, with_threads
-from tolerance import assert_close_to_exact, assert_near, bits, of_network
+from test_sequential import assert_right
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from walls import before_a_wall, needs_walls
 
+from chains import dense_of, in_threads, layer, model, with_threads
+from forks import assert_same_in_a_forked_child, needs_fork
 from initperf import SparseLinear, SparseSequential, choice, ops, sparsify
 from initperf.choice import prefer
+from tolerance import assert_close_to_exact, assert_near, bits, of_network
+from walls import before_a_wall, needs_walls
 
 pytest.importorskip("numba")
 from initperf.kernels.cpu.chain import training as kernels  # noqa: E402

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from tolerance import Sums, assert_close_to_exact, assert_near, bits, linear, of_linear
 from torch import nn
 from torch.nn.utils import prune
 
@@ -17,6 +16,7 @@ from initperf.core.bits import pack_bits, unpack_bits
 from initperf.core.checks import InitPerfError
 from initperf.layers.linear import MaskedLinear, SparseLinear
 from initperf.layers.ops import sparse_linear as sparse_ops
+from tolerance import Sums, assert_close_to_exact, assert_near, bits, linear, of_linear
 
 pytest.importorskip("numba")
 

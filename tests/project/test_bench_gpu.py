@@ -1,13 +1,9 @@
 """Both sides of every row that is timed on a GPU give the same result."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import bench_gpu  # noqa: E402
+from benchmarks.gpu import bench_gpu  # noqa: E402
 
 
 @pytest.mark.parametrize("name", bench_gpu.ROWS)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_run import write_run
 from safetensors.torch import load_file, save_file
 
+from fake_run import write_run
 from initperf import __version__
 from initperf.cli.main import main
 from initperf.report.numbers.results import read_run

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerance import bits
 
 from initperf import choice, ops, rng
 from initperf.core.precision import in_float64, widest
 from initperf.kernels.reference.masks import select
 from initperf.kernels.reference.moments import moments
 from initperf.kernels.reference.sampling import orthogonal, sample, sample_many
+from tolerance import bits
 
 HERE = Path(__file__).parent
 
 
 def test_everything_works_on_a_device_without_kernels():
-    """tests/device_cases.py, in a process where that device exists."""
+    """tests/support/device_cases.py, in a process where that device exists."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "device_cases.py")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, cwd=HERE.parent)

@@ -11,7 +11,7 @@ from initperf.report.numbers.results import read_run
 from initperf.ticket import Ticket
 from initperf.tickets.run import Run
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {"plain_loop": "torch", "lightning_trainer": "lightning", "hugging_face_trainer": "transformers"}
 TINY = {"rounds": 2, "iterations": 6, "evaluate_every": 3, "batch": 20}
 

@@ -39,7 +39,7 @@ def run(*arguments):
 
 @cache
 def everyday(*arguments):
-    """What tests/everyday.py tells."""
+    """What tests/support/everyday.py tells."""
     return json.loads(run("everyday.py", *arguments).splitlines()[-1])
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import initperf
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = "initperf/kernels/__init__.py"  # the wheel has the real one, from kernels/
 LOCATE = """
 import importlib.util, initperf, initperf.kernels.cpu as cpu

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from tolerance import (
     Result,
     Sums,
@@ -18,7 +20,6 @@ from tolerance import (
     product,
     sums,
 )
-from torch import nn
 
 LENGTHS = [8, 64, 512, 4096]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

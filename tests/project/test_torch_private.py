@@ -11,12 +11,12 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 from torch.distributed.fsdp import _common_utils as fsdp
 from torch.utils.flop_counter import FlopCounterMode
-from torch_names import defined, uses
 
 from initperf import rng
 from initperf.core import torch_private
+from torch_names import defined, uses
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 THE_FILE = ROOT / "initperf/core/torch_private.py"
 FILES = sorted(p for name in ("initperf", "kernels") for p in (ROOT / name).rglob("*.py") if p != THE_FILE)
 MEMBERS = {name for names in torch_private.MEMBERS.values() for name in names}

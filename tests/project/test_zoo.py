@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from recorded import judge, recording
 
 from initperf import densify, describe, fast_init, initialize, sparsify
 from initperf.layers.convert import FAMILIES
+from recorded import judge, recording
 
 pytestmark = pytest.mark.zoo
 

@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from fake_run import write_run
 from scipy import stats
 
+from fake_run import write_run
 from initperf.experiments.side.side import Setting, one_thread
 from initperf.report.numbers import movement, survivors
 from initperf.report.numbers.intervals import Difference, paired_difference

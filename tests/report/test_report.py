@@ -10,11 +10,11 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
-from fake_run import ACCURACY, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from fake_run import ACCURACY, write_run
 from initperf.core.checks import InitPerfError
 from initperf.report.numbers.intervals import paired_difference, t_cdf, t_quantile
 from initperf.report.numbers.results import read_run

@@ -1,16 +1,15 @@
-"""What initperf does on a device that it has no kernels for (fake_device.py). tests/test_devices.py runs this in a process of its own."""
+"""What initperf does on a device that it has no kernels for (fake_device.py). tests/project/test_devices.py runs this in a process of its own."""
 
 import copy
 import logging
 
-import fake_device
 import pytest
 import torch
-from fake_device import DEVICE, NAME
-from tolerance import bits
 from torch import nn
 
+import fake_device
 import initperf
+from fake_device import DEVICE, NAME
 from initperf import (
     MaskedConv2d,
     MaskedLinear,
@@ -36,6 +35,7 @@ from initperf.core.precision import widest
 from initperf.layers.choice.calibrate import pack_bits
 from initperf.saliency import prune_at_start
 from initperf.tickets.criteria import CRITERIA, masks_by, movement
+from tolerance import bits
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 GENERATOR = torch.Generator().manual_seed(0)

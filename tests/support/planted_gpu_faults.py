@@ -8,14 +8,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_static
-from benchmarks.aot import changed
-from benchmarks.gpu_case import BF16, F32, Case, replaced
-from benchmarks.gpu_cases import sample_case
-from benchmarks.gpu_products import decode_case, spmm_case
 from initperf.kernels.gpu.candidates import decode
 from initperf.kernels.gpu.sampling import sample
 from initperf.kernels.gpu.sparse import rows as sparse_matmul
+from tools.gpu_report import report
+from tools.gpu_report.aot import changed
+from tools.gpu_report.case import BF16, F32, Case, replaced
+from tools.gpu_report.cases import sample_case
+from tools.gpu_report.product_cases import decode_case, spmm_case
 
 
 class With:
@@ -32,7 +32,7 @@ def row(case: Case, *faults: Any) -> dict[str, Any]:
     with ExitStack() as stack:
         for fault in faults:
             stack.enter_context(fault)
-        return gpu_static.measure(case, "sm_90")
+        return report.measure(case, "sm_90")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finds private names of torch in a source file, for tests/test_torch_private.py."""
+"""Finds private names of torch in a source file, for tests/project/test_torch_private.py."""
 
 import ast
 from collections.abc import Iterator

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from forks import assert_same_in_a_forked_child, needs_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forks import assert_same_in_a_forked_child, needs_fork
 from initperf import ops, prune
 from initperf.core.checks import InitPerfError
 from initperf.kernels.reference.masks import select as reference

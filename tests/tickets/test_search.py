@@ -8,54 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from tolerance import bits
 from torch import nn
 from torch.nn import functional as F
 
 from initperf.core.checks import InitPerfError
-from initperf.experiments.networks import mlp
 from initperf.search import TicketSearch
 from initperf.ticket import Ticket
 from initperf.tickets.run_folder import RunFolder
-
-FRACTIONS = {"*.weight": 0.5, "fc2.weight": 0.25}
-X = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
-Y = (X[:, 0] > 0).long() + 2 * (X[:, 1] > 0).long()
-ITERATIONS = 12
-
-
-def make_model():
-    return mlp(12, (16,), 4)
-
-
-def make_small(weights):
-    return mlp(12, (max(1, weights // 16),), 4)
-
-
-def search(out, **given):
-    defaults = {"rounds": 2, "fractions": FRACTIONS, "trials": 2, "seed": 3, "init": "xavier_normal"}
-    return TicketSearch(make_model, out=out, **{**defaults, **given})
-
-
-def train(run, iterations=ITERATIONS, interrupt_at=None):
-    """A plain training loop, as a user writes it."""
-    optimizer = torch.optim.Adam(run.model.parameters(), lr=1e-2)
-    for iteration in range(run.restore(optimizer=optimizer) + 1, iterations + 1):
-        chosen = torch.randint(64, (16,), generator=run.generator)
-        optimizer.zero_grad()
-        F.cross_entropy(run.model(X[chosen]), Y[chosen]).backward()
-        optimizer.step()
-        if iteration % 4 == 0:
-            with torch.no_grad():
-                scores = run.model(X)
-                accuracy = float((scores.argmax(1) == Y).float().mean())
-                run.log(iteration, val_loss=F.cross_entropy(scores, Y), test_accuracy=accuracy)
-        run.step(iteration)
-        if iteration == interrupt_at:
-            raise KeyboardInterrupt
+from searches import X, Y, make_model, make_small, search, train
+from tolerance import bits
 
 
 def interrupted(networks, stop):
@@ -329,7 +294,7 @@ import os, sys, tempfile, traceback
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from test_search import search, train
+from searches import search, train
 
 def whole_run(out):
     for run in search(out, checkpoint_seconds=0.003, sparse=0.4):
@@ -356,7 +321,7 @@ class Nursery:
     """A process that has loaded everything and forks a run whenever asked."""
 
     def __init__(self):
-        program = NURSERY.format(tests=os.path.dirname(__file__))
+        program = NURSERY.format(tests=str(Path(__file__).parents[1] / "support"))
         self.process = subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from tolerance import bits
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from initperf.search import SPARSE_BELOW, TicketSearch
 from initperf.ticket import Ticket, dense_parameters, mask_layers
 from initperf.tickets.prunable import prunable
 from initperf.tickets.run_folder import KINDS
+from tolerance import bits
 
 SHAPE = (2, 8, 8)
 X = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tolerance import bits
 from torch import nn
 
 from initperf.cli.inspect import tables
@@ -20,6 +19,7 @@ from initperf.init.schemes import Init
 from initperf.layers.convert import sparsify
 from initperf.prune import magnitude
 from initperf.ticket import Ticket
+from tolerance import bits
 
 SEED = 2**63 + 12345
 

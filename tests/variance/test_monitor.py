@@ -3,12 +3,12 @@
 import copy
 import math
 
-import processes
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import processes
 from initperf import sparsify
 from initperf.core.checks import InitPerfError
 from initperf.variance.monitor import VarianceMonitor

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.aot import Launch
 from initperf.layers.choice.gpu_devices import Device
+from tools.gpu_report.aot import Launch
 
 SIZE = 4096  # N = K, unless a case says otherwise
 MAIN = ("sm_80", "sm_90", "sm_100", "gfx942")

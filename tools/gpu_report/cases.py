@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gpu_case import BF16, F16, F32, F64, MAIN, SHORT, SIZE, Case, Work, meta, replaced
-from benchmarks.gpu_init import init_cases
-from benchmarks.gpu_products import (
+from initperf import rng
+from initperf.kernels.gpu import targets
+from initperf.kernels.gpu.candidates import block_matmul
+from initperf.kernels.gpu.masks import select
+from initperf.kernels.gpu.moments import moments
+from initperf.kernels.gpu.sampling import sample, sample_many
+from tools.gpu_report.case import BF16, F16, F32, F64, MAIN, SHORT, SIZE, Case, Work, meta, replaced
+from tools.gpu_report.init_cases import init_cases
+from tools.gpu_report.product_cases import (
     block_case,
     decode_case,
     masked_case,
@@ -15,12 +21,6 @@ from benchmarks.gpu_products import (
     sparse_linear_case,
     spmm_case,
 )
-from initperf import rng
-from initperf.kernels.gpu import targets
-from initperf.kernels.gpu.candidates import block_matmul
-from initperf.kernels.gpu.masks import select
-from initperf.kernels.gpu.moments import moments
-from initperf.kernels.gpu.sampling import sample, sample_many
 
 # Sampling
 

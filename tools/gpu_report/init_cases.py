@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_case import BF16, F16, F32, F64, SHORT, Case, replaced
 from initperf import SparseLinear, init, ops, rng
 from initperf.kernels.gpu import targets
 from initperf.kernels.gpu.sampling import sample, sample_many
+from tools.gpu_report.case import BF16, F16, F32, F64, SHORT, Case, replaced
 
 DTYPES = (F32, BF16, F16, F64)
 # One entry a kind at least, and every function of initperf.init that samples on a tensor's device.

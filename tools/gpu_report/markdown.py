@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu_model import LATENCY, OVERLAP
 from benchmarks.triton_versions import BROUGHT
 from initperf.layers.choice.gpu_devices import BY_TARGET
+from tools.gpu_report.model import LATENCY, OVERLAP
 
 Row = dict[str, Any]
 
@@ -33,7 +33,7 @@ Figures of the devices, from their data sheets:
 | --- | --- | --- | --- | --- | --- | --- |
 {devices}
 
-What must hold, and `tests/test_gpu_static.py` holds: no spill, no stack, shared memory within the device, 128-bit loads and
+What must hold, and `tests/kernels/test_gpu_static.py` holds: no spill, no stack, shared memory within the device, 128-bit loads and
 stores wherever strides divide by 8, a matrix instruction wherever there is a 16-bit dot, and in sampling only IEEE-754
 operations rounded to nearest. {flaws} The functions of `initperf.init` and `initialize` are compiled as they launch, in every
 dtype and kind of distribution, and counted among the cases; their kernels are those of sample and sample_many below.
@@ -54,8 +54,8 @@ would run and why; layers on a GPU decide by the same prediction (initperf/layer
 
 ## On a GPU
 - `make gpu` runs the tests and the benchmarks on the machine's GPU (CUDA or ROCm) and writes `gpu-run.json`, the one file to send
-  back. `benchmarks/bench_gpu.py` times every kernel against torch on the same card, N launches and one synchronization a round.
-- `python -m benchmarks.gpu_tune` times the entries of the TILES tables that differ by target, and prints the rows to put there:
+  back. `benchmarks/gpu/bench_gpu.py` times every kernel against torch on the same card, N launches and one synchronization a round.
+- `python -m benchmarks.gpu.tune` times the entries of the TILES tables that differ by target, and prints the rows to put there:
   run it on a new card, put what it prints into the card's row (a new one, or its family's in kernels/gpu/targets.py), and run
   `make gpu-report`, which refuses a tile that spills.
 """

@@ -12,8 +12,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from benchmarks.aot import Code, Launch, access
 from initperf.layers.choice.gpu_devices import Device
+from tools.gpu_report.aot import Code, Launch, access
 
 LATENCY = 600  # cycles of a load from memory; about 270 to 800 from the second-level cache to memory on these devices
 OVERLAP = 4

@@ -8,15 +8,15 @@ from functools import cache
 
 import torch
 
-from benchmarks.aot import Launch, changed
-from benchmarks.gpu_case import BF16, F32, F64, MAIN, SHORT, SIZE, Case, Work, allow_tf32, index, meta, replaced
-from benchmarks.gpu_model import most_loaded, resident
 from initperf.kernels.gpu import targets
 from initperf.kernels.gpu.candidates import block_matmul, decode
 from initperf.kernels.gpu.linear import masked_linear, sparse_linear
 from initperf.kernels.gpu.sparse import rows as sparse_matmul
 from initperf.kernels.gpu.sparse import rows_grad
 from initperf.layers.choice.gpu_devices import Device
+from tools.gpu_report.aot import Launch, changed
+from tools.gpu_report.case import BF16, F32, F64, MAIN, SHORT, SIZE, Case, Work, allow_tf32, index, meta, replaced
+from tools.gpu_report.model import most_loaded, resident
 
 # Gradients of a weight on the matrix unit, in tiles
 

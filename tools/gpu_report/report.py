@@ -2,7 +2,7 @@
 
 It runs once with each supported Triton, which writes its rows to a file (--json), and then on all files (--write): that makes
 docs/gpu.md for people and docs/gpu.json for the test that fails when a kernel gets worse. Counts are facts of the machine
-code; times, shares and ratios are predictions of benchmarks/gpu_model.py from data sheets, and are called so.
+code; times, shares and ratios are predictions of tools/gpu_report/model.py from data sheets, and are called so.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.aot import Code, Launch, access, capture
-from benchmarks.gpu_case import MAIN, Case
-from benchmarks.gpu_cases import cases
-from benchmarks.gpu_model import executed, main_loop, predict, resident, trips
 from benchmarks.triton_versions import TRITONS, nearest, of_installed_torch, ordered
 from initperf.core.files import write_atomically
 from initperf.layers.choice.gpu_devices import BY_TARGET, Device
 from initperf.layers.choice.gpu_model import KEYS
+from tools.gpu_report.aot import Code, Launch, access, capture
+from tools.gpu_report.case import MAIN, Case
+from tools.gpu_report.cases import cases
+from tools.gpu_report.model import executed, main_loop, predict, resident, trips
 
 ALSO = ("sm_86", "sm_89", "sm_120", "gfx950")  # the first case of each op only
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECORD = DOCS / "gpu.json"
 Row = dict[str, Any]
 # What design.md's RNG contract bans from the PTX of sampling: anything but IEEE-754 operations, rounded to nearest.
@@ -257,7 +257,7 @@ def record(version: str) -> dict[str, Row]:
 
 def _write(paths: list[Path]) -> int:
     """The number of cases with problems."""
-    from benchmarks.gpu_tables import document
+    from tools.gpu_report.markdown import document
 
     runs = [json.loads(path.read_text()) for path in paths]
     rows = {

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gpu_memory import apart, checked_memory, far_away, virtual
-from tolerance import assert_close_to_exact, bits, linear, product
 
+from gpu_memory import apart, checked_memory, far_away, virtual
 from initperf.kernels.reference.candidates import block_matmul as reference
+from tolerance import assert_close_to_exact, bits, linear, product
 
 pytest.importorskip("triton")
 from initperf.kernels.gpu.candidates import block_matmul as gpu  # noqa: E402

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from gpu_memory import checked_memory, far_away
-from tolerance import assert_close_to_exact, bits, linear
 
+from gpu_memory import checked_memory, far_away
 from initperf.kernels.reference.candidates import decode as reference
+from tolerance import assert_close_to_exact, bits, linear
 
 pytest.importorskip("triton")
 from initperf.kernels.gpu.candidates import decode as gpu  # noqa: E402
