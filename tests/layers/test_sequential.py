@@ -10,12 +10,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from chains import dense_of, in_threads, layer, model, with_threads
+from chains import assert_right, dense_of, in_threads, layer, model, with_threads
 from initperf import SparseLinear, SparseSequential, densify, ops, sparsify
 from initperf.choice import prefer
 from initperf.core.checks import InitPerfError
 from initperf.layers import sequential
-from tolerance import assert_close_to_exact, assert_near, bits, of_network
+from tolerance import assert_near, bits
 
 pytest.importorskip("numba")
 
@@ -30,14 +30,6 @@ def runs_counted(call):
     before = ops.CALLS["sparse_chain", "numba"]
     result = call()
     return result, ops.CALLS["sparse_chain", "numba"] - before
-
-
-def assert_right(got, ours, x):
-    """got is what the dense network makes of x, within rounding."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_zeros(0, x.shape[-1])
-    (expected,) = of_network(dense_of(ours), rows)
-    assert got.shape[:-1] == x.shape[:-1]
-    assert_close_to_exact(got, expected.at(lambda t: t.reshape(got.shape)))
 
 
 def check(ours, x):

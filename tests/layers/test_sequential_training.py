@@ -7,12 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_sequential import assert_right
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from chains import dense_of, in_threads, layer, model, with_threads
+from chains import assert_right, dense_of, in_threads, layer, model, with_threads
 from forks import assert_same_in_a_forked_child, needs_fork
 from initperf import SparseLinear, SparseSequential, choice, ops, sparsify
 from initperf.choice import prefer

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from initperf import SparseLinear, SparseSequential
+from tolerance import assert_close_to_exact, of_network
 
 
 def layer(inputs, outputs, density=0.2, bias=True, seed=0, dtype=torch.float32):
@@ -29,6 +30,14 @@ def dense_of(ours, dtype=None):
     """The dense network with copies of the parameters."""
     layers = [m.to_dense() if isinstance(m, SparseLinear) else copy.deepcopy(m) for m in ours]
     return nn.Sequential(*layers).to(dtype)
+
+
+def assert_right(got, ours, x):
+    """got is what the dense network makes of x, within rounding."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_zeros(0, x.shape[-1])
+    (expected,) = of_network(dense_of(ours), rows)
+    assert got.shape[:-1] == x.shape[:-1]
+    assert_close_to_exact(got, expected.at(lambda t: t.reshape(got.shape)))
 
 
 def in_threads(work):
