@@ -136,7 +136,7 @@ def models(name: str, storage: str, density: float = 0.1) -> tuple[nn.Module, nn
 
     ours = mlp(widths, make)
     theirs = nn.Sequential(*(m.to_dense() if hasattr(m, "to_dense") else m for m in ours))
-    fuse(ours)  # as sparsify does
+    fuse(ours)  # into SparseSequential, as sparsify does: runs of small layers are one call
     return ours, theirs
 
 

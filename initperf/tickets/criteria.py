@@ -13,7 +13,7 @@ from torch import Tensor
 
 from initperf import prune
 from initperf.core.checks import check
-from initperf.core.precision import in_float64
+from initperf.kernels.reference.precision import in_float64
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (final, initial) -> score; the least are pruned
 SCORES: dict[str, Score] = {

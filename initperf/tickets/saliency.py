@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from initperf import prune
 from initperf.core.checks import check, fail
-from initperf.core.precision import widest
+from initperf.kernels.reference.precision import widest
 from initperf.tickets.prunable import prunable
 from initperf.tickets.ticket import named_parameters
 

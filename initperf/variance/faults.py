@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from initperf.core.precision import in_float64
 from initperf.core.units import fan_in
+from initperf.kernels.reference.precision import in_float64
 from initperf.variance.layer_trace import SATURATING, squared_gain
 from initperf.variance.monitor import VarianceMonitor
 from initperf.variance.records import BACKWARD, FORWARD, GRADIENT, INPUT, Key, Reading

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from initperf.core.checks import FLOATS, InitPerfRuntimeError, InitPerfTypeError, check, fail
-from initperf.core.precision import widest
 from initperf.core.torch_private import ConvNd, NormBase, graph_task, has_unscaled, is_compiled, scale_of
+from initperf.kernels.reference.precision import widest
 from initperf.variance.layer_trace import RELU_LIKE, LayerTrace, tensors_in
 from initperf.variance.moments import moments
 from initperf.variance.records import (

@@ -375,9 +375,9 @@ def test_doctor_says_what_is_slow_and_what_to_do(call, monkeypatch):
     monkeypatch.setenv("INITPERF_BACKEND", "reference")
     assert "INITPERF_BACKEND=reference is set" in call("doctor", "--no-check")[1]
     monkeypatch.delenv("INITPERF_BACKEND")
-    monkeypatch.setattr(ops, "_available", lambda compiler: False)
+    monkeypatch.setattr(ops, "_failure", lambda compiler: "is not installed")
     monkeypatch.setattr("initperf.cli.doctor._version", lambda name: None if name == "numba" else "1")
-    assert "`pip install numba`" in call("doctor", "--no-check")[1]
+    assert "pip install --upgrade numba" in call("doctor", "--no-check")[1]
 
 
 def test_doctor_says_that_the_choice_of_products_is_overridden(call):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from initperf import choice, ops, rng
-from initperf.core.precision import in_float64, widest
 from initperf.kernels.reference.masks import select
 from initperf.kernels.reference.moments import moments
+from initperf.kernels.reference.precision import in_float64, widest
 from initperf.kernels.reference.sampling import orthogonal, sample, sample_many
 from tolerance import bits
 

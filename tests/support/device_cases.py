@@ -31,7 +31,7 @@ from initperf import (
     sparsify,
 )
 from initperf.core.checks import InitPerfError
-from initperf.core.precision import widest
+from initperf.kernels.reference.precision import widest
 from initperf.layers.choice.calibrate import pack_bits
 from initperf.saliency import prune_at_start
 from initperf.tickets.criteria import CRITERIA, masks_by, movement

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from initperf.core import ops
 from initperf.core.checks import fail
-from initperf.core.precision import in_float64
 from initperf.core.torch_private import ConvNd, ConvTransposeNd
 from initperf.core.units import by_unit
+from initperf.kernels.reference.precision import in_float64
 from initperf.variance.layer_trace import tensors_in
 from initperf.variance.moments import moments
 

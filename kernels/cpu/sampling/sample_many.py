@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...contract import NORMAL, TILE, UNIFORM
 from ..core.jit import jit, threads
-from ..core.shares import ME, among, on_threads
+from ..core.shares import ALONE, ME, among, on_threads
 from .block_work import LANES, MEAN, SQUARES, N, bits_set, copy_past_caches, fill, measure, pick, prune, words_of
 from .formulas import _CODES, _FLOAT32
 from .tiles import _constants, _fill, _pieces
@@ -168,7 +168,7 @@ def _formula(kind: int, params: tuple[float, ...], dtype: torch.dtype) -> tuple[
     constants, address = _constants(params)
     if kind == UNIFORM and params[0] == 0:
         one = torch.empty(1, dtype=dtype, device="cpu")
-        _fill(one.data_ptr(), _CODES[dtype], 1, kind, address, 0, 0, 0, 0, 0, 1, 0)
+        _fill(ALONE, one.data_ptr(), _CODES[dtype], 1, kind, address, 0, 0, 0, 0, 0, 1, 0)
         word = one.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
         return _CONSTANT, int(word), _COST[_CONSTANT], None
     return kind, address, _COST.get(kind, _TRUNCATED_COST), constants

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from initperf.core.precision import widest
+from ..precision import widest
 
 Shape = tuple[int, int, int, int, int]  # A, C, I, step of A, step of C, in elements
 
