@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 TRITON ?= $(firstword $(TRITONS))
 
-.PHONY: demo test test-slow test-zoo test-triton bench gpu-report gpu lint format clean
+.PHONY: demo test test-slow test-zoo test-avx2 test-triton bench gpu-report gpu lint format clean
 
 $(VENV)/.installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,12 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# The kernels of each kind as a processor with AVX2 alone gets them; their results on this one
+test-avx2: $(VENV)/.installed
+	NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= $(BIN)/python -m pytest -n 2 \
+		tests/kernels/test_masked_matmul.py tests/kernels/test_sparse_products.py tests/kernels/test_moments.py \
+		tests/kernels/test_sample_many.py tests/layers/test_sequential.py tests/tickets/test_prune.py
 
 # torchvision and timm need CUDA's torch, gigabytes: a second environment, never part of the others
 .venv-zoo/.installed: setup.py pyproject.toml
