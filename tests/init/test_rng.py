@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from initperf import rng
 from initperf.core.checks import InitPerfError
+from initperf.rng import contract
 from known_answers import KNOWN
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -88,7 +89,7 @@ def test_a_cuda_generator_gives_seed_and_offset_and_advances():
 @settings(deadline=None, max_examples=60)
 @given(x=st.floats(-1e4, 1e4))
 def test_neighbours_in_a_dtype_enclose_the_number(dtype, x):
-    below, above = rng.at_most(x, dtype), rng.at_least(x, dtype)
+    below, above = contract.at_most(x, dtype), contract.at_least(x, dtype)
     assert below <= x <= above
     for value in (below, above):
         assert torch.tensor(value, dtype=dtype).item() == value

@@ -54,7 +54,9 @@ def test_no_kernel_has_a_flaw(gpu_rows):
 
 
 def test_no_kernel_got_worse_than_recorded(gpu_rows, recorded):
-    assert not {key: w for key, r in gpu_rows.items() if (w := report.worse(r, recorded[report.key(r)]))}
+    """What the init functions launch are the kernels of `sample` again: test_sample_gpu_code.py holds those."""
+    rows = {key: r for key, r in gpu_rows.items() if r["op"] != "init"}
+    assert not {key: w for key, r in rows.items() if (w := report.worse(r, recorded[report.key(r)]))}
 
 
 @pytest.mark.parametrize("target", MAIN)

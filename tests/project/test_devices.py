@@ -15,14 +15,15 @@ from initperf.kernels.reference.precision import in_float64, widest
 from initperf.kernels.reference.sampling import orthogonal, sample, sample_many
 from tolerance import bits
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "support"  # the cases that its processes run
 
 
 def test_everything_works_on_a_device_without_kernels():
     """tests/support/device_cases.py, in a process where that device exists."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "device_cases.py")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, cwd=HERE.parent)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout.splitlines()[-1]

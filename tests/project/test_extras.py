@@ -11,7 +11,8 @@ import pytest
 
 from initperf.core.extras import EXTRAS, installation, need, needed
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "support"  # the cases that its processes run
 REQUIRED = ("torch", "torchgen", "functorch", "numpy", "numba", "llvmlite", "safetensors")
 OF_TORCH = (
     "filelock",
@@ -29,7 +30,7 @@ REPORT = f"Expected matplotlib to be installed: {installation('report')}. Got an
 
 
 def run(*arguments):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, cwd=HERE
     )
@@ -87,7 +88,7 @@ def test_a_numba_that_cannot_be_imported_is_made_up_for_and_named():
         "import torch\nfrom initperf import init\n"
         "init.normal_(torch.empty(5), seed=1); init.uniform_(torch.empty(5), seed=1)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=HERE.parent)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Numba needs NumPy") == 1
     assert "pip install --upgrade numba" in done.stderr
@@ -107,7 +108,7 @@ for _ in range(2):
 x = ops.implementation("sample_", "cuda")(torch.empty(5), *rng.normal(0, 1), 3, 0)
 assert torch.equal(x, init.normal_(torch.empty(5), seed=3))
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("triton is not installed") == 1
@@ -116,7 +117,7 @@ assert torch.equal(x, init.normal_(torch.empty(5), seed=3))
 
 def test_no_extra_is_named_that_does_not_exist():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
-    extras = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, packages in EXTRAS.items():
         listed = [line.split(">=")[0] for line in extras[extra]]
         assert sorted(listed) == sorted(packages)

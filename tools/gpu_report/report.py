@@ -270,7 +270,7 @@ def _write(paths: list[Path]) -> int:
     newest = list(rows)[-1]
     parts = []
     for version, found in rows.items():
-        kept = found if version == newest else tested(found)
+        kept = [r for r in (found if version == newest else tested(found)) if r["op"] != "init"]
         lines = ",\n".join(f"{json.dumps(key(r))}: {json.dumps(recorded(r))}" for r in kept)
         parts.append(f'"{version}": {{\n{lines}\n}}')
     DOCS.mkdir(exist_ok=True)
